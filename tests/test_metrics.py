@@ -1,0 +1,109 @@
+"""Metrics against hand-worked cases and the paper's own rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kore import metrics
+
+# Paper arXiv 2510.19316, LLaVA-1.5 7B: untouched, then K.A, K.R and the printed HARS of two methods.
+UNTOUCHED = (7.12, 46.74)
+PAPER_ROWS = {"LoRA": (16.77, 33.47, 63.83), "KORE": (35.96, 40.00, 82.81)}
+
+
+@pytest.mark.parametrize("row", PAPER_ROWS)
+def test_hars_reproduces_the_paper(row):
+    ka, kr, printed = PAPER_ROWS[row]
+    assert metrics.hars(ka, kr, *UNTOUCHED) == pytest.approx(printed, abs=0.02)
+
+
+@pytest.mark.parametrize("row", PAPER_ROWS)
+def test_hars_equals_its_definition_and_ignores_the_unit(row):
+    ka, kr, _ = PAPER_ROWS[row]
+    ka0, kr0 = UNTOUCHED
+    gain_a, gain_r = 100 * (ka - ka0) / ka0, 100 * (kr - kr0) / kr0
+    f_a, f_r = 100 * gain_a / (gain_a + 100), gain_r + 100
+    expected = 2 / (1 / f_a + 1 / f_r)
+    assert metrics.hars(ka, kr, ka0, kr0) == pytest.approx(expected, rel=1e-12)
+    assert metrics.hars(ka / 100, kr / 100, ka0 / 100, kr0 / 100) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ((7.12, 46.74, 7.12, 46.74), 0.0),  # nothing learned
+        ((5.0, 46.74, 7.12, 46.74), 0.0),  # less than nothing
+        ((0.0, 50.0, 0.0, 50.0), 0.0),
+        ((50.0, 0.0, 10.0, 50.0), 0.0),  # all forgotten
+        ((50.0, 50.0, 0.0, 50.0), 100.0),  # nothing known before, nothing lost
+        ((20.0, 0.0, 10.0, 0.0), 2 / (1 / 50 + 1 / 100)),  # nothing to forget
+        ((20.0, 60.0, 10.0, 50.0), 2 / (1 / 50 + 1 / 120)),  # retention may gain
+    ],
+)
+def test_hars_where_the_formula_has_no_value(scores, expected):
+    assert metrics.hars(*scores) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_hars_refuses_impossible_scores(bad):
+    with pytest.raises(ValueError, match="hars: kr: expected a score of 0 or more"):
+        metrics.hars(1.0, bad, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("The Eiffel Tower, in Paris.", "eiffel tower", 1),
+        ("the tower eiffel", "eiffel tower", 0),
+        ("nineteen", "nine", 0),
+        ("He has nine.", "Nine", 1),
+        ("", "nine", 0),
+        ("It is a “Kestrel”", "kestrel", 1),
+        ("Answer: A", "A", 1),
+        ("Answer: B", "A", 0),
+        ("a kestrel", "B", 0),
+        ("about 20 %", "%", 1),
+        ("about 20", "%", 0),
+        ("no idea", ["yes", "no"], 1),
+        ("首都是北京。", "北京", 1),
+        ("首都是南京。", "北京", 0),
+    ],
+)
+def test_cover_exact_match(prediction, answer, expected):
+    assert metrics.cover_exact_match(prediction, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("the cat sat", "cat sat down", 0.8),  # 2 common of 2 and 3
+        ("cat cat", "cat", 2 / 3),  # bags: the second cat earns nothing
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("the", "cat", 0.0),
+        ("A cat!", "cat", 1.0),
+        ("red kite", ["kite", "red kite"], 1.0),
+        ("C", "C", 1.0),
+        ("A", "A", 1.0),
+        ("北京", "北平", 0.5),
+    ],
+)
+def test_f1(prediction, answer, expected):
+    assert metrics.f1(prediction, answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", ["", "  ", [], ["x", ""], [3]])
+def test_an_answer_that_is_none_is_refused(bad):
+    for measure in (metrics.cover_exact_match, metrics.f1):
+        with pytest.raises(ValueError, match="answer: expected a non-empty string"):
+            measure("x", bad)
+
+
+def test_means():
+    assert metrics.knowledge_adaptation(30.0, 40.0) == 35.0
+    assert metrics.average(35.0, 45.0) == 40.0
+    assert metrics.knowledge_retention({"a": 10.0, "b": 20.0}) == 15.0
+    with pytest.raises(ValueError, match="at least one"):
+        metrics.knowledge_retention([])
