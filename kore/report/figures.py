@@ -1,6 +1,6 @@
 """The figures of KORE's reports, drawn with matplotlib without its global state.
 
-Ink and grid are drawn in two marker colours that :func:`to_svg` turns into the page's own, so that the same
+Ink and grid are drawn in two colours that :func:`to_svg` turns into the page's own, so that the same
 figure reads well on a light page, on a dark page and in print.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#3b82b8", "#d9822b", "#8a6fc0", "#3f9b6e", "#c4577c", "#8c8c4a", "#5aa9b5", "#a8674a")
-_INK, _GRID = "#010203", "#040506"
+_INK, _GRID = "#22272d", "#e6e9e5"
 _HEAT_MAP_CELLS = 32
 
 
@@ -174,9 +174,7 @@ def leak_per_layer(leaks: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
-def _grid(
-    rows: int, columns: int, height: float, width: float = 9.6, share: bool = False
-) -> tuple[Figure, list[Axes]]:
+def _grid(rows: int, columns: int, height: float, width: float = 9.6, share: bool = False) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

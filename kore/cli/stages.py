@@ -1,0 +1,233 @@
+"""The stages as single commands: capture, init, train, merge, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kore.cli import console
+from kore.errors import ConfigError
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Model directory, or a hub id (owner/name).")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")]
+Data = Annotated[list[Path], typer.Option("--data", "-d", help="Conversation file; may be repeated.")]
+ImageRoot = Annotated[Path | None, typer.Option(help="Folder of the images; by default that of the data file.")]
+Format = Annotated[str, typer.Option(help="auto, llava, sharegpt or openai.")]
+OnBadRow = Annotated[str, typer.Option(help="What to do with a bad row: fail or skip.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
+
+
+def capture(
+    model: Model,
+    data: Data,
+    output: Output,
+    image_root: ImageRoot = None,
+    max_samples: Annotated[int, typer.Option(help="Samples drawn from the data.")] = 256,
+    targets: Annotated[str | None, typer.Option(help="Layers: names separated by commas, or one expression.")] = None,
+    normalize: Annotated[str, typer.Option(help="none, or official (x / |max x| per sample).")] = "none",
+    batch_size: Annotated[int, typer.Option()] = 4,
+    format: Format = "auto",
+    on_bad_row: OnBadRow = "fail",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    set: Set = None,
+) -> None:
+    """Capture the covariance of every layer's input on old data.
+
+    Example: `kore capture -m models/llava -d old.json --image-root images -o runs/a/covariance`
+    """
+    from kore.pipeline.config import CaptureSection, OldSection
+    from kore.pipeline.stages import CaptureStage
+
+    old = {"files": data, "image_root": image_root, "format": format, "on_bad_row": on_bad_row}
+    options = _options(
+        {"old": OldSection, "capture": CaptureSection},
+        {
+            **_model(model, dtype, device),
+            "old": {**old, "max_samples": max_samples},
+            "capture": {"targets": _names(targets), "normalize": normalize, "batch_size": batch_size},
+        },
+        set,
+    )
+    _run(CaptureStage(output.absolute(), options.model, options.old, options.capture, seed), options.model)
+
+
+def init(
+    model: Model,
+    output: Output,
+    covariance: Annotated[Path | None, typer.Option("--covariance", "-c", help="Result of kore capture.")] = None,
+    method: Annotated[str, typer.Option(help="kore, lora or random-a.")] = "kore",
+    rank: Annotated[str, typer.Option(help="A number, or match-lora-R for the size of LoRA rank R.")] = "64",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    set: Set = None,
+) -> None:
+    """Make an untrained adapter; for method kore, one that the old data does not see.
+
+    Example: `kore init -m models/llava -c runs/a/covariance --rank match-lora-128 -o runs/a/adapter-init`
+    """
+    from kore.pipeline.config import AdapterSection
+    from kore.pipeline.stages import InitStage
+
+    options = _options(
+        {"adapter": AdapterSection},
+        {**_model(model, dtype, device), "adapter": {"method": method, "rank": rank}},
+        set,
+    )
+    if options.adapter.method == "full":
+        raise ConfigError("adapter.method: full has no adapter to make; use kore train --full")
+    if options.adapter.method == "kore" and covariance is None:
+        raise ConfigError("--covariance: method kore needs the result of kore capture")
+    stage = InitStage(output.absolute(), options.model, options.adapter, _absolute(covariance), seed)
+    _run(stage, options.model)
+
+
+def train(
+    model: Model,
+    data: Data,
+    output: Output,
+    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Result of kore init.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train the whole language model, without an adapter.")] = False,
+    image_root: ImageRoot = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the adapter.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per process and step.")] = None,
+    format: Format = "auto",
+    on_bad_row: OnBadRow = "fail",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    set: Set = None,
+) -> None:
+    """Train an adapter on new knowledge. Also works under torchrun.
+
+    Example: `kore train -m models/llava -a runs/a/adapter-init -d new.json -o runs/a/train --set train.epochs=6`
+
+    Several GPUs: `torchrun --nproc-per-node 4 -m kore train ...`
+    """
+    from kore.pipeline.config import DataSection, TrainSection
+    from kore.pipeline.stages import TrainStage
+    from kore.processes import process_count
+
+    if full == (adapter is not None):
+        raise ConfigError("expected either --adapter (the result of kore init) or --full")
+    named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
+    options = _options(
+        {"new": DataSection, "train": TrainSection},
+        {
+            **_model(model, dtype, device),
+            "new": {"files": data, "image_root": image_root, "format": format, "on_bad_row": on_bad_row},
+            "train": {"seed": seed, **{name: value for name, value in named.items() if value is not None}},
+        },
+        set,
+    )
+    stage = TrainStage(output.absolute(), options.model, options.new, options.train, _absolute(adapter), seed)
+    if process_count() > 1:
+        from kore.pipeline.workbench import Workbench
+
+        console.stage("train", "done", stage.run(Workbench(options.model)))
+    else:
+        _run(stage, options.model)
+
+
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Option("--adapter", "-a", help="A trained adapter.")],
+    output: Output,
+) -> None:
+    """Write a full model with the adapter merged into its weights.
+
+    Example: `kore merge -m models/llava -a runs/a/train/adapter -o models/llava-new`
+    """
+    from kore.merging import merge as merge_adapter
+
+    merge_adapter(model, adapter, output)
+    console.say(f"merged model: {output}")
+
+
+def evaluate(
+    model: Model,
+    output: Output,
+    questions: Annotated[list[Path], typer.Option("--questions", "-q", help="Question file; may be repeated.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="A trained adapter.")] = None,
+    image_root: ImageRoot = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    on_bad_row: OnBadRow = "fail",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Ask questions and mark the answers with CEM and F1.
+
+    Example: `kore eval -m models/llava -a runs/a/train/adapter -q new-questions.jsonl -o runs/a/eval`
+    """
+    from kore.artifacts import read_json
+    from kore.pipeline.config import EvalSection
+    from kore.pipeline.stages import EvalStage
+
+    asked = [{"file": file, "image_root": image_root} for file in questions]
+    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "on_bad_row": on_bad_row}
+    options = _options(
+        {"eval": EvalSection}, {**_model(model, dtype, device), "eval": {"new": asked, **settings}}, None
+    )
+    stage = EvalStage(output.absolute(), options.model, options.eval, _absolute(adapter))
+    _run(stage, options.model)
+    _show_scores(read_json(stage.output / "scores.json"))
+
+
+def _run(stage: Any, model: Any) -> None:
+    from kore.pipeline.stage import only_one, run_stages
+    from kore.pipeline.workbench import Workbench
+
+    with only_one(stage.output.parent):
+        run_stages([stage], Workbench(model), console.stage)
+    console.say(f"result: {stage.output}")
+
+
+def _options(sections: dict[str, Any], values: dict[str, Any], overrides: list[str] | None) -> Any:
+    from pydantic import ConfigDict, create_model
+
+    from kore.pipeline.config import ModelSection
+    from kore.pipeline.loading import parse_options
+
+    fields: dict[str, Any] = {name: (section, ...) for name, section in {"model": ModelSection, **sections}.items()}
+    root = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
+    return parse_options(root, values, overrides or [])
+
+
+def _model(path: str, dtype: str, device: str) -> dict[str, Any]:
+    return {"model": {"path": path, "dtype": dtype, "device": device}}
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
+
+
+def _names(targets: str | None) -> str | list[str] | None:
+    """One expression, or several names when there are commas."""
+    if targets is None or "," not in targets:
+        return targets
+    return [name.strip() for name in targets.split(",")]
+
+
+def _show_scores(scores: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("questions", "type"):
+        table.add_column(column)
+    for column in ("count", "CEM", "F1"):
+        table.add_column(column, justify="right")
+    for name, result in scores["new"].items():
+        rows = {"all": result["overall"], **(result["by_type"] if len(result["by_type"]) > 1 else {})}
+        for kind, score in rows.items():
+            table.add_row(name, kind, str(score["count"]), f"{score['cem']:.2f}", f"{score['f1']:.2f}")
+    console.show(table)

@@ -1,0 +1,168 @@
+"""The configuration of ``kore run``: every key, its type and its default."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from kore.training import TrainConfig
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) else value
+
+
+class ExistingFile:
+    """Marks a path that must be a file."""
+
+
+class ExistingDirectory:
+    """Marks a path that must be a directory."""
+
+
+InputFile = Annotated[Path, ExistingFile()]
+InputDirectory = Annotated[Path, ExistingDirectory()]
+InputFiles = Annotated[list[InputFile], BeforeValidator(_as_list), Field(min_length=1)]
+Format = Literal["auto", "llava", "sharegpt", "openai"]
+OnBadRow = Literal["fail", "skip"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    path: str
+    """A directory written by ``save_pretrained``, or a hub id (owner/name)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+
+
+class DataSection(Section):
+    """Conversations to read."""
+
+    files: InputFiles
+    image_root: InputDirectory | None = None
+    format: Format = "auto"
+    on_bad_row: OnBadRow = "fail"
+    max_samples: int | None = Field(default=None, ge=1)
+
+
+class OldSection(DataSection):
+    """What the model already knows: the conversations whose inputs the adapter must leave alone."""
+
+    max_samples: int | None = Field(default=256, ge=1)
+
+
+class CaptureSection(Section):
+    targets: str | list[str] | None = None
+    normalize: Literal["none", "official"] = "none"
+    batch_size: int = Field(default=4, ge=1)
+    checkpoint_every: int = Field(default=16, ge=1)
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+class AdapterSection(Section):
+    method: Literal["kore", "lora", "full", "random-a"] = "kore"
+    rank: int | str = 64
+    scale: Literal["sqrt", "orthonormal"] = "sqrt"
+    modules_to_save: Literal["auto"] | list[str] | None = "auto"
+    """Modules trained in full beside the adapter; "auto" is the multimodal projector, null is none."""
+    solver: Literal["auto", "eigh", "randomized"] = "auto"
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if whole or (isinstance(value, str) and re.fullmatch(r"match-lora-[1-9]\d*", value)):
+            return value
+        raise ValueError("expected a whole number of 1 or more, or match-lora-R (for example match-lora-128)")
+
+
+class TrainSection(TrainConfig):
+    """The training configuration, and how many processes share the work."""
+
+    processes: int = Field(default=1, ge=1)
+
+    def settings(self) -> TrainConfig:
+        """The part that ``kore.train`` takes."""
+        return TrainConfig(**self.model_dump(exclude={"processes"}))
+
+
+class QuestionSet(Section):
+    file: InputFile
+    name: str = ""
+    """A short name, used for the folder of its answers; the file's stem if not given."""
+    image_root: InputDirectory | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if isinstance(values, str | Path):
+            values = {"file": values}
+        if isinstance(values, dict) and not values.get("name") and values.get("file"):
+            values = {**values, "name": Path(str(values["file"])).stem}
+        return values
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError("expected a short name of letters, digits, '-', '_' and '.'")
+        return value
+
+
+class EvalSection(Section):
+    """Questions asked before and after: ``new`` gives K.A (mean of CEM and F1), ``old`` gives K.R (mean CEM)."""
+
+    new: list[QuestionSet] = []
+    old: list[QuestionSet] = []
+    max_new_tokens: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    on_bad_row: OnBadRow = "fail"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> EvalSection:
+        for group in (self.new, self.old):
+            names = [questions.name for questions in group]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice:
+                raise ValueError(f"two question sets are named {twice!r}; give each its own name")
+        return self
+
+
+class RunConfig(Section):
+    """One run: a model, its old data, the new knowledge, and what to do with them."""
+
+    output_dir: Path
+    seed: int = 0
+    model: ModelSection
+    old: OldSection | None = None
+    capture: CaptureSection = CaptureSection()
+    adapter: AdapterSection = AdapterSection()
+    new: DataSection
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, values: Any) -> Any:
+        """The top-level seed is also the seed of training, unless ``train.seed`` says otherwise."""
+        if isinstance(values, dict) and "seed" in values:
+            train = values.get("train") or {}
+            if isinstance(train, dict) and "seed" not in train:
+                values = {**values, "train": {**train, "seed": values["seed"]}}
+        return values
+
+    @model_validator(mode="after")
+    def _old_data_for_kore(self) -> RunConfig:
+        if self.adapter.method == "kore" and self.old is None:
+            raise ValueError("old: method kore needs old data to protect; add old.files, or choose another method")
+        return self

@@ -1,0 +1,216 @@
+"""The report of ``kore run``: what was learned, what was kept, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from kore.artifacts import file_sha256, read_json
+from kore.metrics import average, hars
+from kore.pipeline.config import RunConfig
+from kore.pipeline.stage import RECORD, directory_identity, duration, read_record
+from kore.pipeline.workbench import Workbench
+
+_SAMPLES_PER_SET = 4
+_LARGEST_SPECTRUM = 4608
+_PANELS = 4
+
+
+@dataclass(frozen=True)
+class ReportStage:
+    """``report.html`` of a run directory, from the results of the other stages."""
+
+    config: RunConfig
+    name: str = "report"
+
+    @property
+    def output(self) -> Path:
+        return self.config.output_dir / "report.html"
+
+    @property
+    def record(self) -> Path:
+        return self.config.output_dir / "report.json"
+
+    def inputs(self) -> dict[str, Any]:
+        out = self.config.output_dir
+        files = {"train": out / "train" / "history.json"}
+        files |= {f"eval {when}": out / "eval" / when / "scores.json" for when in ("before", "after")}
+        files |= {
+            f"answers {path.parent.relative_to(out)}": path for path in sorted(out.glob("eval/*/*/*/answers.jsonl"))
+        }
+        directories = {"covariance": out / "covariance", "adapter": out / "train" / "adapter"}
+        return {
+            "config": file_sha256(out / "config.yaml"),
+            **{name: file_sha256(file) for name, file in files.items() if file.is_file()},
+            **{name: directory_identity(path) for name, path in directories.items() if path.is_dir()},
+        }
+
+    def complete(self) -> bool:
+        return self.output.is_file()
+
+    def run(self, context: Workbench) -> str:
+        write_report(self.config, self.output)
+        return str(self.output)
+
+
+def write_report(config: RunConfig, path: Path) -> None:
+    """Write the report of a finished run."""
+    from kore.report import Report
+
+    out = config.output_dir
+    report = Report(f"KORE run: {out.name}", f"{config.model.path} · {datetime.now(timezone.utc):%d %B %Y}")
+    if (out / "eval" / "after" / "scores.json").is_file():
+        before, after = (read_json(out / "eval" / when / "scores.json") for when in ("before", "after"))
+        _headline(report, before, after)
+        _scores(report, before, after)
+    _training(report, out)
+    if (out / "covariance").is_dir():
+        _covariance(report, config, out)
+    _answers(report, out)
+    _run(report, config, out)
+    report.write(path)
+
+
+def _headline(report: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
+    tiles = []
+    names = {"ka": "K.A, new knowledge", "kr": "K.R, old knowledge"}
+    for key, label in names.items():
+        if after[key] is not None:
+            tiles.append((label, f"{after[key]:.2f}", f"{before[key]:.2f} before"))
+    if len(tiles) == 2:
+        means = [average(scores["ka"], scores["kr"]) for scores in (before, after)]
+        score = hars(after["ka"], after["kr"], before["ka"], before["kr"])
+        tiles.append(("Avg", f"{means[1]:.2f}", f"{means[0]:.2f} before"))
+        tiles.append(("HARS", f"{score:.2f}", "both in one number"))
+    report.tiles(tiles)
+
+
+def _scores(report: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
+    report.section(
+        "Scores",
+        "Percent, over all questions of a set and by question type. CEM: the expected answer stands in the model's "
+        "answer. F1: words in common. K.A is the mean of both on new knowledge; K.R is the mean CEM on old.",
+    )
+    rows = []
+    for group in ("new", "old"):
+        for name, result in after[group].items():
+            past = before[group][name]
+            kinds = [("all", result["overall"], past["overall"])]
+            if len(result["by_type"]) > 1:
+                kinds += [(kind, score, past["by_type"][kind]) for kind, score in result["by_type"].items()]
+            for kind, new, old in kinds:
+                rows.append([group, name, kind, new["count"], old["cem"], new["cem"], old["f1"], new["f1"]])
+    columns = ["", "set", "type", "questions", "CEM before", "CEM after", "F1 before", "F1 after"]
+    report.table(columns, rows)
+
+
+def _training(report: Any, out: Path) -> None:
+    from kore.report import figures
+
+    history = read_json(out / "train" / "history.json")
+    report.section("Training")
+    if len([entry for entry in history if "loss" in entry]) > 1:
+        report.figure(figures.loss_curves({"training": history}), "Loss on the answer tokens of the new data.")
+    last = next((entry for entry in reversed(history) if "loss" in entry), {})
+    report.facts({"steps": last.get("step"), "epochs": last.get("epoch"), "last loss": last.get("loss")})
+
+
+def _covariance(report: Any, config: RunConfig, out: Path) -> None:
+    from kore import analysis
+    from kore.covariance import load_covariance
+    from kore.report import figures
+
+    covariance = load_covariance(out / "covariance")
+    adapter = out / "train" / "adapter"
+    report.section(
+        "Old knowledge and the adapter",
+        "C is the covariance of a layer's inputs on the old data. The adapter reads the directions in which C is "
+        "smallest, so that what it learns leaves old inputs alone.",
+    )
+    leaks = analysis.leak(adapter, covariance)
+    report.figure(
+        figures.leak_per_layer({"old inputs": leaks}),
+        f"Leak: the share of the old inputs' energy that the adapter reads, layer by layer; 0 would be no contact "
+        f"at all. Mean {sum(leaks.values()) / len(leaks):.2e}.",
+    )
+    shown = {module: covariance[module] for module in _representatives(covariance)}
+    report.figure(
+        figures.covariance_heat_maps(shown), "|C| of some layers, averaged over blocks, each relative to its largest."
+    )
+    small = {module: matrix for module, matrix in shown.items() if len(matrix) <= _LARGEST_SPECTRUM}
+    if small:
+        rank = read_json(adapter / "adapter_config.json").get("r")
+        spectra = {module: analysis.spectrum(matrix) for module, matrix in small.items()}
+        report.figure(
+            figures.spectra(spectra, rank),
+            f"Eigenvalues of C. Shaded: the {rank} smallest directions, which the adapter reads.",
+        )
+
+
+def _representatives(covariance: Any) -> list[str]:
+    """One module for each kind of input, from the middle of the model."""
+    kinds: dict[str, list[str]] = {}
+    for group in covariance.groups:
+        kinds.setdefault(group.name.rpartition(".")[2], []).append(group.name)
+    return [names[len(names) // 2] for names in list(kinds.values())[:_PANELS]]
+
+
+def _answers(report: Any, out: Path) -> None:
+    from kore.evaluation import load_result
+
+    samples = []
+    for directory in sorted((out / "eval" / "after").glob("*/*/"), key=lambda path: (path.parts[-2], path.name)):
+        group, name = directory.parts[-2:]
+        after = load_result(directory).answers
+        before = load_result(out / "eval" / "before" / group / name).answers
+        step = max(1, len(after) // _SAMPLES_PER_SET)
+        for old, new in list(zip(before, after))[::step][:_SAMPLES_PER_SET]:
+            samples.append(
+                {
+                    "label": " · ".join(dict.fromkeys(part for part in (group, name, new.type) if part)),
+                    "image": new.image,
+                    "question": new.question,
+                    "expected": new.answer,
+                    "answers": {"before": old.prediction, "after": new.prediction},
+                    "correct": {"before": bool(old.cem), "after": bool(new.cem)},
+                }
+            )
+    if samples:
+        report.section("Sample answers", "Evenly spaced through each question set, not chosen. The mark is CEM.")
+        report.samples(samples)
+
+
+def _run(report: Any, config: RunConfig, out: Path) -> None:
+    from kore.environment import environment
+
+    report.section("Run")
+    records = {
+        "capture": out / "covariance",
+        "evaluation before": out / "eval" / "before",
+        "initialisation": out / "adapter-init",
+        "training": out / "train",
+        "evaluation after": out / "eval" / "after",
+    }
+    rows = []
+    for label, directory in records.items():
+        record = read_record(directory / RECORD)
+        if record.get("state") == "done":
+            rows.append([label, record["result"], duration(record["seconds"]), record["finished"]])
+    report.table(["stage", "result", "time", "finished (UTC)"], rows)
+    adapter = config.adapter
+    report.facts(
+        {
+            "model": config.model.path,
+            "method": adapter.method,
+            "rank": adapter.rank if adapter.method != "full" else None,
+            "old data": ", ".join(str(file) for file in config.old.files) if config.old else None,
+            "new data": ", ".join(str(file) for file in config.new.files),
+            "learning rate": config.train.learning_rate,
+            "epochs": config.train.epochs if config.train.max_steps is None else f"{config.train.max_steps} steps",
+            "seed": config.seed,
+        }
+    )
+    report.code((out / "config.yaml").read_text(encoding="utf-8"), "Whole configuration")
+    report.section("Environment").facts(environment())

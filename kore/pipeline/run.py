@@ -1,0 +1,66 @@
+"""``kore run``: the stages of a configuration, in order, in one run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kore.artifacts import atomic_write
+from kore.pipeline.config import RunConfig
+from kore.pipeline.loading import dump_config
+from kore.pipeline.report import ReportStage
+from kore.pipeline.stage import Say, Stage, only_one, run_stages
+from kore.pipeline.stages import CaptureStage, EvalStage, InitStage, TrainStage
+from kore.pipeline.workbench import Workbench
+
+
+def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
+    """The stages a configuration asks for.
+
+    The untouched model is evaluated before the adapter is made, so that capture, evaluation and initialisation
+    share one loaded model. Capture is left out where the method has no use for it.
+    """
+    out, model, seed = config.output_dir, config.model, config.seed
+    method = config.adapter.method
+    stages: list[Stage[Workbench]] = []
+    covariance = init = None
+    if method == "kore" and config.old is not None:
+        covariance = out / "covariance"
+        stages.append(CaptureStage(covariance, model, config.old, config.capture, seed))
+    asks = bool(config.eval.new or config.eval.old)
+    if asks:
+        stages.append(EvalStage(out / "eval" / "before", model, config.eval, name="eval-before"))
+    if method != "full":
+        init = out / "adapter-init"
+        stages.append(InitStage(init, model, config.adapter, covariance, seed))
+    train = TrainStage(out / "train", model, config.new, config.train, init, seed)
+    stages.append(train)
+    if asks:
+        trained = {"full_model": train.result} if init is None else {"adapter": train.result}
+        stages.append(EvalStage(out / "eval" / "after", model, config.eval, **trained, name="eval-after"))
+    stages.append(ReportStage(config))
+    return stages
+
+
+def stage_names(config: RunConfig) -> list[str]:
+    """The names of the stages a configuration asks for."""
+    return [stage.name for stage in build_stages(config)]
+
+
+def run_pipeline(config: RunConfig, say: Say, rerun: Sequence[str] = (), progress: bool = True) -> Path:
+    """Run every stage that is not done; returns the path of the report.
+
+    Args:
+        config: The configuration; written to ``config.yaml`` in the run directory.
+        say: Called with (stage, "done" | "skipped" | "runs", remark).
+        rerun: Names of stages to run again although they are done.
+        progress: Show progress bars.
+
+    Raises:
+        KoreError: Something the configuration names is wrong, or another process works in the run directory.
+    """
+    stages = build_stages(config)
+    with only_one(config.output_dir):
+        atomic_write(config.output_dir / "config.yaml", dump_config(config))
+        run_stages(stages, Workbench(config.model, progress), say, rerun)
+    return config.output_dir / "report.html"

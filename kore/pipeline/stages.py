@@ -1,0 +1,272 @@
+"""The stages: capture, init, train, eval. ``kore run`` and the single commands use these same classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kore.artifacts import MANIFEST, atomic_write, file_sha256, read_json
+from kore.metrics import knowledge_retention
+from kore.pipeline.config import (
+    AdapterSection,
+    CaptureSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    OldSection,
+    QuestionSet,
+    TrainSection,
+)
+from kore.pipeline.launch import train_in_processes
+from kore.pipeline.stage import RECORD, directory_identity, model_identity
+from kore.pipeline.workbench import Workbench
+from kore.processes import process_count
+
+
+@dataclass(frozen=True)
+class CaptureStage:
+    """Covariances of the old data, saved at ``output``."""
+
+    output: Path
+    model: ModelSection
+    old: OldSection
+    settings: CaptureSection
+    seed: int = 0
+    name: str = "capture"
+
+    @property
+    def record(self) -> Path:
+        return self.output / RECORD
+
+    def inputs(self) -> dict[str, Any]:
+        settings = self.settings.model_dump(exclude={"checkpoint_every"})
+        return {
+            **_model_inputs(self.model),
+            **_data_inputs("old", self.old),
+            **_flat("capture", settings),
+            "seed": self.seed,
+        }
+
+    def complete(self) -> bool:
+        return (self.output / MANIFEST).is_file()
+
+    def run(self, context: Workbench) -> str:
+        import torch
+
+        from kore.capture import capture_covariance
+        from kore.data import prompt_batches
+
+        conversations = read_conversations(self.old, self.seed, require_answer=False)
+        batches = prompt_batches(conversations, context.encoder, self.settings.batch_size)
+        covariance = capture_covariance(
+            context.base(),
+            batches,
+            targets=self.settings.targets,
+            normalize=self.settings.normalize,
+            progress=context.progress,
+            checkpoint=self.output / "checkpoint",
+            checkpoint_every=self.settings.checkpoint_every,
+            dtype=getattr(torch, self.settings.dtype),
+        )
+        covariance.save(self.output)
+        tokens = max(group.tokens for group in covariance.groups)
+        modules, groups = len(covariance.modules), len(covariance.groups)
+        return f"{len(conversations)} samples, {tokens:,} tokens, {modules} layers in {groups} groups"
+
+
+@dataclass(frozen=True)
+class InitStage:
+    """The untrained adapter, saved at ``output``; ``covariance`` is needed by method kore only."""
+
+    output: Path
+    model: ModelSection
+    settings: AdapterSection
+    covariance: Path | None = None
+    seed: int = 0
+    name: str = "init"
+
+    @property
+    def record(self) -> Path:
+        return self.output / RECORD
+
+    def inputs(self) -> dict[str, Any]:
+        covariance = {"covariance": directory_identity(self.covariance)} if self._constrained() else {}
+        return {**_model_inputs(self.model), **_flat("adapter", self.settings), **covariance, "seed": self.seed}
+
+    def complete(self) -> bool:
+        return (self.output / "adapter_config.json").is_file()
+
+    def run(self, context: Workbench) -> str:
+        from kore.adapter import save_adapter
+        from kore.baselines import prepare_model
+        from kore.covariance import load_covariance
+
+        covariance = load_covariance(self.covariance) if self._constrained() else None
+        options = self.settings.model_dump(exclude={"method"})
+        base = context.base()
+        context.drop()
+        model = prepare_model(base, self.settings.method, cov=covariance, seed=self.seed, **options)
+        save_adapter(model, self.output)
+        context.put_adapted(model, self.output, trainable=True)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return f"{self.settings.method}, {trainable:,} trainable parameters"
+
+    def _constrained(self) -> bool:
+        return self.settings.method == "kore" and self.covariance is not None
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """Training on the new data; ``init`` is the adapter to start from, None trains the model in full."""
+
+    output: Path
+    model: ModelSection
+    new: DataSection
+    settings: TrainSection
+    init: Path | None = None
+    seed: int = 0
+    name: str = "train"
+
+    @property
+    def record(self) -> Path:
+        return self.output / RECORD
+
+    @property
+    def result(self) -> Path:
+        """The trained adapter, or the trained model."""
+        return self.output / ("model" if self.init is None else "adapter")
+
+    def inputs(self) -> dict[str, Any]:
+        init = {"adapter-init": directory_identity(self.init)} if self.init is not None else {}
+        settings = {**self.settings.settings().identity(), "processes": self.settings.processes}
+        return {**_model_inputs(self.model), **_data_inputs("new", self.new), **_flat("train", settings), **init}
+
+    def complete(self) -> bool:
+        return self.result.is_dir()
+
+    def run(self, context: Workbench) -> str:
+        if self.settings.processes > 1 and process_count() == 1:
+            context.drop()
+            train_in_processes(self.model, self.new, self.settings, self.init, self.output, self.seed)
+        else:
+            self._train_here(context)
+        history = read_json(self.output / "history.json")
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        steps = max((entry.get("step", 0) for entry in history), default=0)
+        return f"{steps} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else f"{steps} steps"
+
+    def _train_here(self, context: Workbench) -> None:
+        from kore.baselines import prepare_model
+        from kore.training import train
+
+        conversations = read_conversations(self.new, self.seed)
+        if self.init is None:
+            model = prepare_model(context.base(), "full", rank=1)
+        else:
+            model = context.adapted(self.init, trainable=True)
+        context.drop()
+        result = train(model, context.encoder, conversations, self.settings.settings(), self.output)
+        if self.init is None:
+            context.put_base(result.model, self.result)
+        else:
+            context.put_adapted(result.model, self.result, trainable=False)
+
+
+@dataclass(frozen=True)
+class EvalStage:
+    """Answers to the question sets, saved below ``output``.
+
+    ``adapter`` and ``full_model`` say which model is asked; without either it is the untouched one.
+    """
+
+    output: Path
+    model: ModelSection
+    settings: EvalSection
+    adapter: Path | None = None
+    full_model: Path | None = None
+    name: str = "eval"
+
+    @property
+    def record(self) -> Path:
+        return self.output / RECORD
+
+    def inputs(self) -> dict[str, Any]:
+        adapter = {"adapter": directory_identity(self.adapter)} if self.adapter is not None else {}
+        full = {"trained model": model_identity(str(self.full_model))} if self.full_model is not None else {}
+        asked = {
+            f"eval.{group}.{questions.name}": [file_sha256(questions.file), str(questions.image_root)]
+            for group, questions in self._sets()
+        }
+        tokens = {"eval.max_new_tokens": self.settings.max_new_tokens}
+        return {**_model_inputs(self.model), **adapter, **full, **asked, **tokens}
+
+    def complete(self) -> bool:
+        return (self.output / "scores.json").is_file()
+
+    def run(self, context: Workbench) -> str:
+        from kore.data import load_questions
+        from kore.evaluation import evaluate
+
+        if self.adapter is not None:
+            model = context.adapted(self.adapter)
+        else:
+            model = context.base(self.full_model)
+        scores: dict[str, Any] = {"new": {}, "old": {}}
+        for group, questions in self._sets():
+            result = evaluate(
+                model,
+                context.encoder,
+                load_questions(questions.file, questions.image_root, self.settings.on_bad_row),
+                batch_size=self.settings.batch_size,
+                max_new_tokens=self.settings.max_new_tokens,
+                output=self.output / group / questions.name,
+                progress=context.progress,
+            )
+            scores[group][questions.name] = {**result.scores(), "mean": result.overall.mean}
+        scores |= summary(scores)
+        atomic_write(self.output / "scores.json", json.dumps(scores, indent=2) + "\n")
+        return ", ".join(f"{label} {scores[key]:.2f}" for key, label in _MEASURES if scores[key] is not None)
+
+    def _sets(self) -> list[tuple[str, QuestionSet]]:
+        return [("new", one) for one in self.settings.new] + [("old", one) for one in self.settings.old]
+
+
+_MEASURES = (("ka", "K.A"), ("kr", "K.R"))
+
+
+def summary(scores: dict[str, Any]) -> dict[str, float | None]:
+    """K.A, the mean over the new question sets of mean(CEM, F1), and K.R, the mean CEM over the old sets."""
+    new = [one["mean"] for one in scores["new"].values()]
+    old = [one["overall"]["cem"] for one in scores["old"].values()]
+    return {"ka": sum(new) / len(new) if new else None, "kr": knowledge_retention(old) if old else None}
+
+
+def read_conversations(section: DataSection, seed: int, require_answer: bool = True) -> Any:
+    """The conversations of a data section."""
+    from kore.data import load_conversations
+
+    return load_conversations(
+        section.files,
+        section.image_root,
+        section.format,
+        section.on_bad_row,
+        section.max_samples,
+        seed,
+        require_answer=require_answer,
+    )
+
+
+def _model_inputs(model: ModelSection) -> dict[str, Any]:
+    return {"model": model_identity(model.path), "model.dtype": model.dtype}
+
+
+def _data_inputs(prefix: str, section: DataSection) -> dict[str, Any]:
+    settings = section.model_dump(mode="json", exclude={"files"})
+    return {f"{prefix}.files": [file_sha256(file) for file in section.files], **_flat(prefix, settings)}
+
+
+def _flat(prefix: str, settings: Any) -> dict[str, Any]:
+    values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
+    return {f"{prefix}.{name}": value for name, value in values.items()}
