@@ -1,0 +1,45 @@
+"""Tile sizes of covariance_update_, frozen per architecture family; benchmarks/kernel_audit.py checks each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """A (block, block) tile of C per program, block_n rows of x per step."""
+
+    block: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """Edge of the blocks of the triangle, and the size of the converted chunks of x."""
+
+    block: int
+    chunk_elements: int
+    least_rows: int
+
+    def chunk_rows(self, d: int) -> int:
+        """Long enough to pay for one pass over C, else about ``chunk_elements`` elements."""
+        return max(self.least_rows, self.chunk_elements // max(d, 1))
+
+
+# Two-byte inputs without weights multiply as they are.
+HALF: dict[int | str, TritonConfig] = {
+    "interpreter": TritonConfig(32, 32, 4, 1),
+    80: TritonConfig(128, 32, 8, 3),
+    90: TritonConfig(128, 64, 8, 4),
+    100: TritonConfig(128, 64, 8, 4),
+}
+# float32 tiles: three TF32 products for one of float32 grade.
+SINGLE: dict[int | str, TritonConfig] = {
+    "interpreter": TritonConfig(32, 32, 4, 1),
+    80: TritonConfig(64, 32, 4, 3),
+    90: TritonConfig(64, 32, 4, 3),
+    100: TritonConfig(64, 32, 4, 3),
+}
+NATIVE = NativeConfig(block=256, chunk_elements=2**21, least_rows=512)

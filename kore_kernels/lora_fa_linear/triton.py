@@ -1,0 +1,311 @@
+"""lora_fa_linear on NVIDIA GPUs, from two kernels.
+
+``_two_products`` computes out = L R + bias + s P Q in one pass over the output: the forward product (x Wᵀ + b + s h Bᵀ),
+the input gradient (g W + s gB A) and, without P and Q, h = x Aᵀ. The low-rank product comes first, so that one
+accumulator serves both.
+
+``_gradients`` computes gB = g B and dB = gᵀ h. Both in one register-resident pass over g would need float32 partial
+results larger than g itself (one of the two is always summed across programs), so the rows of g are taken in chunks
+that fit the L2 cache: the programs of a chunk first form its rows of gB, then its share of dB, and g crosses the memory
+bus once. The shares of dB are added in a fixed order; nothing is atomic, and every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kore_kernels import dispatch, gpu
+from kore_kernels.lora_fa_linear import configs
+from kore_kernels.padding import pad_columns, padded
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    h = project(x, A.T)
+    return two_products(x, weight.T, bias, h, pad_columns(B).T, scaling), h
+
+
+def backward(
+    g: Tensor, weight: Tensor | None, A: Tensor | None, B: Tensor, h: Tensor | None, scaling: float
+) -> tuple[Tensor | None, Tensor | None]:
+    gB, dB = gradients(g, B, h, scaling, want_gB=weight is not None)
+    if weight is None or A is None or gB is None:
+        return None, dB
+    return two_products(g, weight, None, gB, A, scaling), dB
+
+
+def project(x: Tensor, basis: Tensor) -> Tensor:
+    """x @ basis, (N, r), in basis's dtype as (N, padded(r)) whose other columns are zero.
+
+    x may have more columns than basis has rows if those columns are zero.
+    """
+    h = x.new_empty(x.shape[0], padded(basis.shape[1]), dtype=basis.dtype)
+    _launch_two_products(h, x, basis, None, None, None, 0.0, None)
+    return h
+
+
+def two_products(
+    L: Tensor,
+    R: Tensor,
+    bias: Tensor | None = None,
+    P: Tensor | None = None,
+    Q: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    add: Tensor | None = None,
+) -> Tensor:
+    """L R + bias + scaling P Q + add, in L's dtype, each term but the first if given.
+
+    L may have more columns than R has rows, and P than Q, if those columns are zero.
+    """
+    out = L.new_empty(L.shape[0], R.shape[1])
+    _launch_two_products(out, L, R, bias, P, Q, scaling, add)
+    return out
+
+
+def _launch_two_products(
+    out: Tensor,
+    L: Tensor,
+    R: Tensor,
+    bias: Tensor | None,
+    P: Tensor | None,
+    Q: Tensor | None,
+    scaling: float,
+    add: Tensor | None,
+) -> None:
+    m, n = out.shape
+    base_dot = gpu.dot_dtype(L, R)
+    low_rank_dot = base_dot if P is None or Q is None else gpu.dot_dtype(P, Q)
+    single = tl.float32 in (base_dot, low_rank_dot)
+    config = gpu.pick(configs.SINGLE if single else configs.HALF, out)
+    gpu.launch(
+        _two_products,
+        triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        out,
+        out,
+        L,
+        R,
+        bias,
+        P,
+        Q,
+        add,
+        float(scaling),
+        m,
+        n,
+        R.shape[1],
+        L.shape[1],
+        R.shape[0],
+        0 if P is None else P.shape[1],
+        0 if Q is None else Q.shape[0],
+        out.stride(0),
+        *L.stride(),
+        *R.stride(),
+        0 if P is None else P.stride(0),
+        *((0, 0) if Q is None else Q.stride()),
+        0 if add is None else add.stride(0),
+        BASE_DOT=base_dot,
+        LOW_RANK_DOT=low_rank_dot,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP=configs.GROUP,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+@triton.jit(do_not_specialize=["m"])
+def _two_products(
+    OUT,
+    L,
+    R,
+    BIAS,
+    P,
+    Q,
+    ADD,
+    scaling,
+    m,
+    n,
+    r_columns,
+    l_columns,
+    r_rows,
+    p_columns,
+    q_rows,
+    stride_out,
+    stride_lm,
+    stride_lk,
+    stride_rk,
+    stride_rn,
+    stride_p,
+    stride_qk,
+    stride_qn,
+    stride_add,
+    BASE_DOT: tl.constexpr,
+    LOW_RANK_DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    rows, columns = _tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
+    in_m, in_n = rows < m, columns < r_columns
+    row, column = rows.to(tl.int64), columns.to(tl.int64)
+    inner = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if P is not None:
+        p = P + row[:, None] * stride_p
+        q = Q + column[None, :] * stride_qn
+        for start in range(0, p_columns, BLOCK_K):
+            at = start + inner
+            left = tl.load(p + at[None, :], mask=in_m[:, None] & (at < p_columns)[None, :], other=0.0)
+            right = tl.load(q + at[:, None] * stride_qk, mask=(at < q_rows)[:, None] & in_n[None, :], other=0.0)
+            total = tl.dot(left.to(LOW_RANK_DOT), right.to(LOW_RANK_DOT), total, input_precision="tf32x3")
+        total *= scaling
+    l = L + row[:, None] * stride_lm
+    r = R + column[None, :] * stride_rn
+    for start in range(0, l_columns, BLOCK_K):
+        at = start + inner
+        far = at.to(tl.int64)
+        left = tl.load(l + far[None, :] * stride_lk, mask=in_m[:, None] & (at < l_columns)[None, :], other=0.0)
+        right = tl.load(r + far[:, None] * stride_rk, mask=(at < r_rows)[:, None] & in_n[None, :], other=0.0)
+        total = tl.dot(left.to(BASE_DOT), right.to(BASE_DOT), total, input_precision="tf32x3")
+    if BIAS is not None:
+        total += tl.load(BIAS + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    inside = in_m[:, None] & (columns < n)[None, :]
+    if ADD is not None:
+        total += tl.load(ADD + row[:, None] * stride_add + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    # Columns beyond R's are padding: zero, even in a row that is not finite.
+    total = tl.where(in_n[None, :], total, 0.0)
+    tl.store(OUT + row[:, None] * stride_out + columns[None, :], total.to(OUT.dtype.element_ty), mask=inside)
+
+
+def gradients(
+    g: Tensor, B: Tensor, h: Tensor | None, scaling: float, *, want_gB: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gB = g B with padded columns if wanted, dB = scaling gᵀ h if h is given), both in B's dtype."""
+    (m, n), r = g.shape, B.shape[1]
+    dot_dtype = gpu.dot_dtype(g, B)
+    single = dot_dtype == tl.float32
+    config = gpu.pick(configs.GRADIENTS_SINGLE if single else configs.GRADIENTS_HALF, g)
+    chunk_rows = configs.INTERPRETER_CHUNK_ROWS if dispatch.interpreting() else configs.CHUNK_ROWS
+    chunks = triton.cdiv(m, chunk_rows)
+    rank_tiles = triton.cdiv(padded(r), config.block_n)
+    gB_programs = chunk_rows // config.block_m * rank_tiles if want_gB else 0
+    dB_programs = triton.cdiv(n, config.block_m) * rank_tiles if h is not None else 0
+    gB = g.new_empty(m, padded(r), dtype=B.dtype) if want_gB else None
+    shares = None if h is None else g.new_empty(chunks, n, r, dtype=torch.float32)
+    gpu.launch(
+        _gradients,
+        chunks * (gB_programs + dB_programs),
+        g,
+        g,
+        pad_columns(B),
+        None if h is None else h.contiguous(),
+        gB,
+        shares,
+        m,
+        n,
+        r,
+        padded(r),
+        chunk_rows,
+        gB_programs,
+        dB_programs,
+        *g.stride(),
+        DOT=dot_dtype,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return gB, None if shares is None else (shares.sum(0) * scaling).to(B.dtype)
+
+
+@triton.jit(do_not_specialize=["m", "gB_programs", "dB_programs"])
+def _gradients(
+    G,
+    B,
+    H,
+    GB,
+    SHARES,
+    m,
+    n,
+    r,
+    r_padded,
+    chunk_rows,
+    gB_programs,
+    dB_programs,
+    stride_gm,
+    stride_gn,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    program = tl.program_id(0)
+    chunk = program // (gB_programs + dB_programs)
+    local = program - chunk * (gB_programs + dB_programs)
+    first, last = chunk * chunk_rows, tl.minimum((chunk + 1) * chunk_rows, m)
+    rank_tiles = tl.cdiv(r_padded, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    tile = tl.where(local < gB_programs, local, local - gB_programs)
+    columns = tile % rank_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rank = columns < r_padded
+    if local < gB_programs:
+        rows = first + tile // rank_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = rows.to(tl.int64)
+        in_rows = rows < last
+        for start in range(0, n, BLOCK_K):
+            at = start + inner
+            left = tl.load(
+                G + row[:, None] * stride_gm + at.to(tl.int64)[None, :] * stride_gn,
+                mask=in_rows[:, None] & (at < n)[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                B + at.to(tl.int64)[:, None] * r_padded + columns[None, :],
+                mask=(at < n)[:, None] & in_rank[None, :],
+                other=0.0,
+            )
+            total = tl.dot(left.to(DOT), right.to(DOT), total, input_precision="tf32x3")
+        # Padding columns are zero, even in a row that is not finite.
+        total = tl.where((columns < r)[None, :], total, 0.0)
+        cells = GB + row[:, None] * r_padded + columns[None, :]
+        tl.store(cells, total.to(GB.dtype.element_ty), mask=in_rows[:, None] & in_rank[None, :])
+    else:
+        rows = tile // rank_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = rows.to(tl.int64)
+        in_rows = rows < n
+        for start in range(first, last, BLOCK_K):
+            at = (start + inner).to(tl.int64)
+            left = tl.load(
+                G + at[:, None] * stride_gm + row[None, :] * stride_gn,
+                mask=(at < last)[:, None] & in_rows[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                H + at[:, None] * r_padded + columns[None, :],
+                mask=(at < last)[:, None] & in_rank[None, :],
+                other=0.0,
+            )
+            total = tl.dot(tl.trans(left).to(DOT), right.to(DOT), total, input_precision="tf32x3")
+        cells = SHARES + (chunk.to(tl.int64) * n + row[:, None]) * r + columns[None, :]
+        tl.store(cells, total, mask=in_rows[:, None] & (columns < r)[None, :])
+
+
+@triton.jit
+def _tile(program, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Rows and columns of a program's tile: GROUP tiles downwards before one to the right."""
+    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    in_group = GROUP * tiles_n
+    top = program // in_group * GROUP
+    height = tl.minimum(tiles_m - top, GROUP)
+    local = program % in_group
+    rows = (top + local % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = local // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    return rows, columns

@@ -1,0 +1,54 @@
+"""lora_fa_linears on the CPU: x U once for the group, and one product with Uᵀ for the group's input gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kore_kernels.lora_fa_linear.native import add_product_, project
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    U: Tensor,
+    Rs: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scaling: float,
+) -> tuple[list[Tensor], Tensor]:
+    h = project(x.to(U.dtype), U)
+    kept = h[:, : U.shape[1]]
+    ys = []
+    for weight, bias, R, B in zip(weights, biases, Rs, Bs):
+        y = F.linear(x, weight, bias)
+        add_product_(y, kept @ R.T, B.T, scaling)
+        ys.append(y)
+    return ys, h
+
+
+def backward(
+    gs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    U: Tensor | None,
+    Rs: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    h: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor | None, list[Tensor]]:
+    dx: Tensor | None = None
+    low: Tensor | None = None
+    dBs = []
+    for i, (g, R, B) in enumerate(zip(gs, Rs, Bs)):
+        wide = g.to(B.dtype)
+        if U is not None:
+            dx = g @ weights[i] if dx is None else dx.addmm_(g, weights[i])
+            gB = wide @ B
+            low = gB @ R if low is None else low.addmm_(gB, R)
+        if h is not None:
+            dBs.append((wide.T @ (h[:, : R.shape[1]] @ R.T)).mul_(scaling))
+    if U is not None and dx is not None and low is not None:
+        add_product_(dx, low, U.T, scaling)
+    return dx, dBs

@@ -1,0 +1,58 @@
+"""lora_fa_linears on NVIDIA GPUs, from the kernels of lora_fa_linear.
+
+h = x U is formed once. In the backward pass the low-rank gradients g_i B_i of all layers meet in one (N, r) matrix
+before the one product with Uᵀ, which rides on the first layer's input gradient; the other layers add to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kore_kernels.lora_fa_linear.triton import gradients, project, two_products
+from kore_kernels.padding import pad_columns
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    U: Tensor,
+    Rs: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scaling: float,
+) -> tuple[list[Tensor], Tensor]:
+    h = project(x, U)
+    ys = [
+        two_products(x, weight.T, bias, project(h, R.T), pad_columns(B).T, scaling)
+        for weight, bias, R, B in zip(weights, biases, Rs, Bs)
+    ]
+    return ys, h
+
+
+def backward(
+    gs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    U: Tensor | None,
+    Rs: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    h: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor | None, list[Tensor]]:
+    gBs, dBs = [], []
+    for g, R, B in zip(gs, Rs, Bs):
+        h_i = None if h is None else project(h, R.T)
+        gB, dB = gradients(g, B, h_i, scaling, want_gB=U is not None)
+        gBs.append(gB)
+        dBs.append(dB)
+    if U is None:
+        return None, dBs
+    stacked = torch.cat([pad_columns(R.T).T for R in Rs])
+    low = project(torch.cat(gBs, dim=1), stacked)
+    dx = two_products(gs[0], weights[0], None, low, U.T, scaling)
+    for g, weight in zip(gs[1:], weights[1:]):
+        dx = two_products(g, weight, add=dx)
+    return dx, [] if h is None else dBs
+

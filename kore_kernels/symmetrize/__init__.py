@@ -1,0 +1,1 @@
+"""Mirror the lower triangle of a square matrix onto its upper triangle."""

@@ -1,0 +1,29 @@
+"""symmetrize_ on NVIDIA GPUs: one program reads one tile of the lower triangle and writes its mirror image."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kore_kernels import gpu
+from kore_kernels.symmetrize import configs
+from kore_kernels.triangle import lower_tile
+
+
+def symmetrize(C: Tensor) -> None:
+    config = gpu.pick(configs.TRITON, C)
+    d = C.shape[0]
+    tiles = triton.cdiv(d, config.block)
+    programs = tiles * (tiles + 1) // 2
+    gpu.launch(_kernel, programs, C, C, d, tiles, BLOCK=config.block, num_warps=config.num_warps)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _kernel(C, d, tiles, BLOCK: tl.constexpr):
+    tile_i, tile_j = lower_tile(tl.program_id(0), tiles)
+    i = (tile_i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    j = (tile_j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    tile = tl.load(C + i[:, None] * d + j[None, :], mask=(i[:, None] > j[None, :]) & (i < d)[:, None], other=0.0)
+    mirrored = (i[None, :] > j[:, None]) & (i < d)[None, :]
+    tl.store(C + j[:, None] * d + i[None, :], tl.trans(tile), mask=mirrored)
