@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from kore.artifacts import atomic_directory
+from kore.artifacts import MANIFEST, atomic_directory
 from kore.errors import ConfigError
 from kore.models import load_model
 
@@ -59,5 +59,6 @@ def merge(
 def _copy_settings(source: Path, target: Path) -> None:
     """Copy every file beside the weights as it is: tokenizer, chat template, processors, remote code."""
     for entry in source.iterdir():
-        if entry.is_file() and not entry.name.endswith(_WEIGHTS) and not entry.name.startswith("."):
+        ours = entry.name == MANIFEST or entry.name.startswith(".")
+        if entry.is_file() and not entry.name.endswith(_WEIGHTS) and not ours:
             shutil.copy2(entry, target / entry.name)

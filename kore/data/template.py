@@ -79,7 +79,7 @@ class ChatTemplate:
         return parts
 
     def _text(self, messages: Sequence[Message], generation: bool = False) -> str:
-        turns = [{"role": message.role, "content": self._content(message.text)} for message in messages]
+        turns = [{"role": message.role, "content": self._content(_spoken(message))} for message in messages]
         try:
             return self._apply(turns, generation)
         except Exception as error:
@@ -110,13 +110,18 @@ class ChatTemplate:
                 continue
             start = _common(self._text(messages[:index], generation=True), text)
             end = _common(self._text(messages[: index + 1]), text)
-            place = text.find(message.text.strip(), start, end)
+            place = text.find(_spoken(message), start, end)
             if place < 0:
                 raise DataError(f"turn {index + 1}: the chat template changes the answer; it cannot be located")
-            answers.append(Answer(start, place + len(message.text.strip()), end))
+            answers.append(Answer(start, place + len(_spoken(message)), end))
         if not answers:
             raise DataError("the conversation has no answer")
         return Rendered(text, tuple(answers), len(text))
+
+
+def _spoken(message: Message) -> str:
+    """The text of a turn; space around an answer is none of its content."""
+    return message.text.strip() if message.role == "assistant" else message.text
 
 
 def _common(first: str, second: str) -> int:

@@ -68,12 +68,11 @@ def _label(
         if start < answer.end and (end > answer.start or start >= answer.start) and end > 0
     ]
     spoken = [index for index in inside if offsets[index][0] < answer.text_end]
-    for index in spoken:
+    ending = next((index for index in inside[len(spoken) :] if ids[index] in special), None)
+    for index in spoken if ending is None else range(spoken[0], ending + 1):
         labels[index] = ids[index]
-    for index in inside[len(spoken) :]:
-        if ids[index] in special:
-            labels[index] = ids[index]
-            return
+    if ending is not None:
+        return
     if eos is None:
         raise ModelError("the chat template ends no turn and the tokenizer has no eos_token; set one")
     at = spoken[-1] + 1
