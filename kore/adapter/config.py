@@ -1,0 +1,52 @@
+"""What adapter to make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kore.errors import ConfigError
+
+SCALES = ("sqrt", "orthonormal")
+CONSTRAINTS = ("null_space", "none")
+SOLVERS = ("auto", "eigh", "randomized")
+
+
+@dataclass(frozen=True)
+class KoreConfig:
+    """A KORE adapter: W0 + BA with A (r, d_in) frozen in the null space of the old inputs, B (d_out, r) trained.
+
+    Attributes:
+        rank: r, or ``"match-lora-R"`` for the largest r at which the trained B have no more parameters than a
+            LoRA of rank R (its A and B) on the same layers: 235 for R = 128 on LLaVA-1.5-7B.
+        targets: The layers: None for every linear layer of the language model except the output head, a regular
+            expression that matches whole module names, or a list of PEFT-style names.
+        modules_to_save: Modules trained in full beside the adapter, by PEFT-style name; ``"auto"`` for the
+            multimodal projector (nothing for a text-only model); None for nothing.
+        scale: Row lengths of A. ``"sqrt"``: A = √Σ Vᵀ of svd(W0 U Uᵀ) as in the paper. ``"orthonormal"``: A = Vᵀ.
+        constraint: ``"null_space"``; or ``"none"``, where a random subspace takes the place of the null space and
+            all else stays the same (a random frozen A).
+        solver: ``"auto"``, ``"eigh"`` or ``"randomized"``, see :func:`kore.null_space`.
+        seed: Of the randomized solver, or of the random subspaces.
+    """
+
+    rank: int | str
+    targets: str | Sequence[str] | None = None
+    modules_to_save: str | Sequence[str] | None = None
+    scale: str = "sqrt"
+    constraint: str = "null_space"
+    solver: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("scale", SCALES), ("constraint", CONSTRAINTS), ("solver", SOLVERS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        match_lora = isinstance(self.rank, str) and re.fullmatch(r"match-lora-[1-9]\d*", self.rank)
+        if not match_lora and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
+            raise ConfigError(
+                f'rank: expected a positive integer or "match-lora-R" such as "match-lora-128", got {self.rank!r}'
+            )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ConfigError(f"seed: expected an integer ≥ 0, got {self.seed!r}")

@@ -1,0 +1,130 @@
+"""Save an adapter as a stock PEFT directory with a ``kore.json`` beside it, and load it back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kore import __version__
+from kore.adapter.frozen import freeze_a
+from kore.adapter.wrap import check_unadapted
+from kore.artifacts import atomic_directory, atomic_write, file_sha256, read_json
+from kore.errors import ArtifactError, KoreError
+from kore.models import check_fingerprint, model_fingerprint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+KORE_FILE = "kore.json"
+_SCHEMA_VERSION = 1
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, Any] | None = None) -> None:
+    """Write the adapter of a model, and its modules to save, as a directory that stock PEFT loads. Atomic.
+
+    Beside PEFT's ``adapter_config.json`` and ``adapter_model.safetensors`` it holds ``kore.json``: how the
+    adapter was made, the fingerprint of its base model, and the sha256 of both files.
+
+    Args:
+        model: A ``PeftModel``, also inside DistributedDataParallel.
+        path: The directory; one that is there is replaced.
+        extra: JSON-serialisable content to keep in ``kore.json`` under ``"extra"``.
+
+    Raises:
+        KoreError: The model has no adapter.
+    """
+    peft_model = _peft_model(model)
+    info = getattr(peft_model, "kore_info", None) or {
+        "method": "lora",
+        "a_frozen": False,
+        "base_fingerprint": model_fingerprint(peft_model),
+    }
+    adapter = peft_model.active_adapter
+    with atomic_directory(path) as directory:
+        # False: PEFT would otherwise ask the hub whether the vocabulary was resized.
+        peft_model.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False)
+        if not (directory / _CONFIG).is_file():
+            raise KoreError(f"save_adapter: expected the adapter to be named 'default', it is {adapter!r}")
+        config = read_json(directory / _CONFIG)
+        for key in ("target_modules", "modules_to_save"):
+            if isinstance(config.get(key), list):
+                config[key] = sorted(config[key])
+        atomic_write(directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        content = {
+            "schema_version": _SCHEMA_VERSION,
+            "library_version": __version__,
+            **info,
+            "extra": extra or {},
+            "sha256": {name: file_sha256(directory / name) for name in (_CONFIG, _WEIGHTS)},
+        }
+        atomic_write(directory / KORE_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base model.
+
+    Args:
+        model: The untouched base model the adapter was made for; its target layers are wrapped.
+        path: A directory written by :func:`save_adapter`.
+        trainable: Make B and the modules to save trainable. A stays frozen where it was.
+
+    Raises:
+        ArtifactError: A file is missing or corrupt; the message names it.
+        ModelError: The adapter belongs to another model.
+    """
+    from peft import PeftModel
+
+    check_unadapted(model)
+    directory = Path(path)
+    info = read_info(directory)
+    check_fingerprint(info["base_fingerprint"], model, f"the adapter {directory}")
+    with torch.random.fork_rng(devices=[]):
+        peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+    if info["a_frozen"]:
+        freeze_a(peft_model)
+    dropped = ("schema_version", "library_version", "sha256", "extra")
+    peft_model.kore_info = {key: value for key, value in info.items() if key not in dropped}
+    return peft_model
+
+
+def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of an adapter's ``kore.json``, after checking the adapter's files against it.
+
+    Raises:
+        ArtifactError: A file is missing, corrupt, or of a newer schema; the message names it.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory}: no such adapter directory")
+    if not (directory / KORE_FILE).is_file():
+        raise ArtifactError(
+            f"{directory}: not an adapter saved by KORE, it has no {KORE_FILE}; "
+            "load a plain PEFT adapter with peft.PeftModel.from_pretrained"
+        )
+    info = read_json(directory / KORE_FILE)
+    if not isinstance(info, dict) or not {"base_fingerprint", "a_frozen", "sha256"} <= info.keys():
+        raise ArtifactError(f"{directory / KORE_FILE}: does not describe an adapter; save it again")
+    if info.get("schema_version", 0) > _SCHEMA_VERSION:
+        raise ArtifactError(f"{directory / KORE_FILE}: its schema is newer than this library; update kore-lmm")
+    for name, sha256 in info["sha256"].items():
+        if not (directory / name).is_file():
+            raise ArtifactError(f"{directory / name}: no such file; save the adapter again")
+        if file_sha256(directory / name) != sha256:
+            raise ArtifactError(f"{directory / name}: corrupt or changed, its sha256 is not that of {KORE_FILE}")
+    return info
+
+
+def _peft_model(model: Any) -> PeftModel:
+    from peft import PeftModel
+
+    while not isinstance(model, PeftModel) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    if not isinstance(model, PeftModel):
+        raise KoreError(f"save_adapter: expected a model with an adapter, got {type(model).__name__}")
+    return model

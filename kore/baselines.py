@@ -1,0 +1,129 @@
+"""The methods KORE is compared with, each as one call that leaves the right parameters trainable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import nn
+
+from kore.adapter import KoreConfig, get_kore_model, resolve_rank
+from kore.adapter.wrap import check_unadapted, wrap_lora
+from kore.covariance import CovarianceSet
+from kore.errors import ConfigError
+from kore.models import has_vision, language_model_linears, model_fingerprint, projector_name, resolve_targets
+
+METHODS = ("kore", "lora", "full", "random-a")
+
+
+def prepare_model(
+    model: nn.Module,
+    method: str,
+    cov: CovarianceSet | None = None,
+    *,
+    rank: int | str | None = None,
+    targets: str | Sequence[str] | None = None,
+    modules_to_save: str | Sequence[str] | None = "auto",
+    seed: int = 0,
+    scale: str = "sqrt",
+    solver: str = "auto",
+    lora_alpha: int | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Make a model trainable by a method.
+
+    ==============  ==================================================================================================
+    method          what is trained
+    ==============  ==================================================================================================
+    ``"kore"``      B; A is frozen in the null space of ``cov``
+    ``"random-a"``  B; A is frozen in a random subspace, its scale computed as KORE's
+    ``"lora"``      A and B of a LoRA without dropout, A by PEFT's rule, ``lora_alpha`` 2 · rank unless given
+    ``"full"``      every parameter of the language model with its embeddings and output head, and the projector;
+                    not the vision tower. A text-only model: every parameter
+    ==============  ==================================================================================================
+
+    The three adapters sit on the same layers and train ``modules_to_save`` too.
+
+    Args:
+        model: The base model, without adapters. ``"full"`` sets its flags in place and returns it.
+        method: One of :data:`METHODS`.
+        cov: For ``"kore"``.
+        rank: Of the adapter, a number; ``"match-lora-R"`` also, for the methods with a frozen A. Not for ``"full"``.
+        targets: The adapted layers, as in :class:`kore.KoreConfig`.
+        modules_to_save: Modules trained in full beside the adapter, by default the projector.
+        seed: Of A.
+        scale: Row lengths of a frozen A.
+        solver: Of the null space.
+        lora_alpha: For ``"lora"``.
+        progress: Show a progress bar on an interactive terminal.
+
+    Raises:
+        ConfigError: The method is unknown, or its rank or covariance is missing.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method == "full":
+        check_unadapted(model)
+        return _train_in_full(model)
+    if rank is None:
+        raise ConfigError(f"rank: expected a number for method {method!r}, got none")
+    if method == "lora":
+        if isinstance(rank, str):
+            raise ConfigError(f"rank: expected a number for method 'lora', got {rank!r}")
+        return _lora(model, rank, targets, modules_to_save, seed, lora_alpha)
+    config = KoreConfig(
+        rank=rank,
+        targets=targets,
+        modules_to_save=modules_to_save,
+        scale=scale,
+        constraint="null_space" if method == "kore" else "none",
+        solver=solver,
+        seed=seed,
+    )
+    return get_kore_model(model, cov, config, progress=progress)
+
+
+def _lora(
+    model: nn.Module,
+    rank: int,
+    targets: str | Sequence[str] | None,
+    modules_to_save: str | Sequence[str] | None,
+    seed: int,
+    lora_alpha: int | None,
+) -> nn.Module:
+    check_unadapted(model)
+    names = resolve_targets(model, targets)
+    rank = resolve_rank(model, names, rank)
+    fingerprint = model_fingerprint(model)
+    alpha = 2 * rank if lora_alpha is None else lora_alpha
+    peft_model = wrap_lora(model, names, rank, alpha, modules_to_save, seed)
+    peft_model.kore_info = {
+        "method": "lora",
+        "a_frozen": False,
+        "rank": rank,
+        "config": {
+            "rank": rank,
+            "lora_alpha": alpha,
+            "targets": targets,
+            "modules_to_save": modules_to_save,
+            "seed": seed,
+        },
+        "base_fingerprint": fingerprint,
+    }
+    return peft_model
+
+
+def _train_in_full(model: nn.Module) -> nn.Module:
+    if not has_vision(model):
+        return model.requires_grad_(True)
+    model.requires_grad_(False)
+    layers = os.path.commonpath([name.replace(".", "/") for name in language_model_linears(model)]).replace("/", ".")
+    trained = [model.get_submodule(layers.rpartition(".")[0])]
+    trained += [model.get_input_embeddings(), model.get_output_embeddings()]
+    projector = projector_name(model)
+    if projector is not None:
+        trained.append(model.get_submodule(projector))
+    for module in trained:
+        if module is not None:
+            module.requires_grad_(True)
+    return model

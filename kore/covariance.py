@@ -1,0 +1,234 @@
+"""Covariances of layer inputs, C = Σ xᵀx, one matrix for each group of layers that read the same input."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kore.artifacts import atomic_directory, file_sha256, load_tensors, read_manifest, save_tensors, write_manifest
+from kore.errors import ArtifactError, KoreError
+
+if TYPE_CHECKING:
+    import torch
+
+KIND = "covariance"
+_TENSOR = "covariance"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read the same input, and therefore share one covariance.
+
+    Attributes:
+        name: The module of the group that ran first.
+        modules: All modules of the group, in the order in which they ran.
+        dim: d_in of the layers.
+        tokens: Rows x that were accumulated; 0 until the capture ends.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    dim: int
+    tokens: int = 0
+
+
+class CovarianceSet:
+    """The covariances of a model's layer inputs. ``cov[module]`` is the symmetric (d_in, d_in) matrix of a module.
+
+    A set that was loaded from disk, or merged from such sets, reads a matrix when it is asked for and does not
+    keep it, so a set larger than memory can be used group by group.
+
+    Args:
+        matrices: For every group name its matrix, or a function that returns it.
+        groups: The groups, in the order in which they ran.
+        fingerprint: :func:`kore.models.model_fingerprint` of the base model.
+        normalize: The row scaling of the capture, ``"none"`` or ``"official"``.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, torch.Tensor | Callable[[], torch.Tensor]],
+        groups: Iterable[Group],
+        fingerprint: Mapping[str, str | None],
+        normalize: str = "none",
+    ) -> None:
+        self.groups: tuple[Group, ...] = tuple(groups)
+        self.fingerprint = dict(fingerprint)
+        self.normalize = normalize
+        self._matrices = dict(matrices)
+        self._group_of = {module: group for group in self.groups for module in group.modules}
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that has a covariance."""
+        return tuple(self._group_of)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._group_of
+
+    def __len__(self) -> int:
+        return len(self._group_of)
+
+    def __repr__(self) -> str:
+        tokens = max((group.tokens for group in self.groups), default=0)
+        return f"CovarianceSet({len(self)} modules in {len(self.groups)} groups, up to {tokens} tokens)"
+
+    def group(self, module: str) -> Group:
+        """The group of a module. Raises KoreError where the set does not hold the module."""
+        try:
+            return self._group_of[module]
+        except KeyError:
+            near = ", ".join(difflib.get_close_matches(module, self._group_of, n=3)) or ", ".join(self.modules[:3])
+            raise KoreError(
+                f"no covariance for module {module!r}; near: {near}. Capture it by naming it in targets"
+            ) from None
+
+    def tokens(self, module: str) -> int:
+        """How many input rows the covariance of a module sums over."""
+        return self.group(module).tokens
+
+    def __getitem__(self, module: str) -> torch.Tensor:
+        """The (d_in, d_in) covariance of a module; not a copy where the set is held in memory."""
+        matrix = self._matrices[self.group(module).name]
+        return matrix() if callable(matrix) else matrix
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the set as a directory: one safetensors file per group, and a manifest. Atomic."""
+        with atomic_directory(path) as directory:
+            entries = write_groups(directory, ((group, self[group.name]) for group in self.groups))
+            fields = {"groups": entries, "normalize": self.normalize, "fingerprint": self.fingerprint}
+            write_manifest(directory, KIND, fields)
+
+
+def write_groups(directory: Path, matrices: Iterable[tuple[Group, torch.Tensor]]) -> list[dict[str, Any]]:
+    """Write one file per group into ``directory`` and return the manifest entries that :func:`read_groups` reads."""
+    entries = []
+    for index, (group, matrix) in enumerate(matrices):
+        file = f"group-{index:05d}.safetensors"
+        save_tensors({_TENSOR: matrix}, directory / file)
+        entries.append({**asdict(group), "file": file})
+    return entries
+
+
+def read_groups(
+    directory: Path, manifest: Mapping[str, Any]
+) -> tuple[list[Group], dict[str, Callable[[], torch.Tensor]]]:
+    """The groups of a manifest and, by group name, functions that check and read their matrices."""
+    try:
+        groups = [
+            Group(entry["name"], tuple(entry["modules"]), int(entry["dim"]), int(entry["tokens"]))
+            for entry in manifest["groups"]
+        ]
+        files = {entry["name"]: (entry["file"], manifest["files"][entry["file"]]) for entry in manifest["groups"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{directory}: the manifest does not describe its groups ({error!r})") from None
+    return groups, {
+        group.name: _Reader(directory / files[group.name][0], files[group.name][1]["sha256"], group.dim)
+        for group in groups
+    }
+
+
+class _Reader:
+    """Reads a matrix file when called. Its sha256 is checked the first time."""
+
+    def __init__(self, file: Path, sha256: str, dim: int) -> None:
+        self.file, self.sha256, self.dim = file, sha256, dim
+        self._verified = False
+
+    def __call__(self) -> torch.Tensor:
+        if not self._verified:
+            if not self.file.is_file():
+                raise ArtifactError(f"{self.file}: no such file; capture the covariance again")
+            if file_sha256(self.file) != self.sha256:
+                raise ArtifactError(f"{self.file}: corrupt, its sha256 is not the manifest's; capture it again")
+            self._verified = True
+        matrix = load_tensors(self.file).get(_TENSOR)
+        if matrix is None or matrix.shape != (self.dim, self.dim):
+            found = "nothing" if matrix is None else tuple(matrix.shape)
+            raise ArtifactError(f"{self.file}: expected a ({self.dim}, {self.dim}) covariance, found {found}")
+        return matrix
+
+
+def load_covariance(path: str | os.PathLike[str]) -> CovarianceSet:
+    """Open a saved :class:`CovarianceSet`.
+
+    Presence and size of every file are checked now, the sha256 of a group's file when the group is first read.
+
+    Raises:
+        ArtifactError: A file is missing, truncated or corrupt; the message names it.
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory, KIND, verify=False)
+    groups, matrices = read_groups(directory, manifest)
+    return CovarianceSet(matrices, groups, manifest.get("fingerprint", {}), manifest.get("normalize", "none"))
+
+
+def merge_covariance(sets: Sequence[CovarianceSet], weights: Sequence[float] | None = None) -> CovarianceSet:
+    """The weighted sum Σ_k w_k C_k of covariance sets, as if their data had been captured in one run.
+
+    Args:
+        sets: Sets of the same model and the same modules.
+        weights: One finite weight ≥ 0 for each set, not all 0; None for 1 each. Token counts are added
+            unweighted, over the sets whose weight is not 0.
+
+    Returns:
+        A set that computes a sum when it is asked for a matrix; the ``sets`` are not changed.
+
+    Raises:
+        KoreError: The sets differ in model, modules, grouping or row scaling, or a weight is wrong.
+    """
+    sets = list(sets)
+    if not sets:
+        raise KoreError("merge_covariance: expected at least one covariance set, got none")
+    factors = [1.0] * len(sets) if weights is None else [float(weight) for weight in weights]
+    if len(factors) != len(sets):
+        raise KoreError(f"merge_covariance: expected {len(sets)} weights, one for each set, got {len(factors)}")
+    if any(not math.isfinite(w) or w < 0 for w in factors) or not any(factors):
+        raise KoreError(f"merge_covariance: expected finite weights ≥ 0 that are not all 0, got {factors}")
+    first = sets[0]
+    for index, other in enumerate(sets[1:], start=1):
+        _check_same(first, other, index)
+    kept = [(cov, factor) for cov, factor in zip(sets, factors) if factor]
+    groups = [replace(group, tokens=sum(cov.tokens(group.name) for cov, _ in kept)) for group in first.groups]
+    matrices = {group.name: _Sum(group.name, kept) for group in groups}
+    return CovarianceSet(matrices, groups, first.fingerprint, first.normalize)
+
+
+class _Sum:
+    def __init__(self, module: str, parts: list[tuple[CovarianceSet, float]]) -> None:
+        self.module, self.parts = module, parts
+
+    def __call__(self) -> torch.Tensor:
+        import torch
+
+        cov, factor = self.parts[0]
+        total = cov[self.module] * factor
+        for cov, factor in self.parts[1:]:
+            part = cov[self.module].to(total.device)
+            total = total.to(torch.promote_types(total.dtype, part.dtype)).add_(part, alpha=factor)
+        return total
+
+
+def _check_same(first: CovarianceSet, other: CovarianceSet, index: int) -> None:
+    for field in ("architecture", "structure", "weights"):
+        a, b = first.fingerprint.get(field), other.fingerprint.get(field)
+        if a and b and a != b:
+            raise KoreError(f"merge_covariance: set {index} was captured on another model than set 0 ({field} differs)")
+    if first.normalize != other.normalize:
+        raise KoreError(
+            f"merge_covariance: set 0 was captured with normalize={first.normalize!r}, "
+            f"set {index} with {other.normalize!r}; capture them alike"
+        )
+    if set(first.modules) != set(other.modules):
+        odd = sorted(set(first.modules) ^ set(other.modules))
+        raise KoreError(f"merge_covariance: set {index} holds other modules than set 0, for example {odd[0]}")
+    if {frozenset(g.modules) for g in first.groups} != {frozenset(g.modules) for g in other.groups}:
+        raise KoreError(
+            f"merge_covariance: set {index} groups the modules in another way than set 0; "
+            "capture both with the same share_inputs"
+        )

@@ -1,0 +1,126 @@
+"""Finds at run time which layers read the same input, so that one covariance serves them all."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from kore.accumulator import Accumulator
+from kore.covariance import Group
+from kore.errors import KoreError
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+@dataclass
+class InputGroup:
+    """Layers that read the same input: the tensor they read in the running forward pass, and who has read it."""
+
+    modules: list[str]
+    masked: bool
+    accumulator: Accumulator
+    forming: bool = False
+    rounds: int = 0
+    seen: set[str] = field(default_factory=set)
+    _current: weakref.ReferenceType[torch.Tensor] | None = None
+    _current_version: int = 0
+
+    def reads(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` is the very tensor, unchanged since, that the group is reading now."""
+        return self._current is not None and self._current() is x and self._current_version == _version(x)
+
+    def start_round(self, module: str, x: torch.Tensor) -> None:
+        """``module`` is the first to read ``x``."""
+        self._current, self._current_version = weakref.ref(x), _version(x)
+        self.seen = {module}
+        self.rounds += 1
+
+    def end_pass(self) -> None:
+        self._current, self.seen, self.rounds, self.forming = None, set(), 0, False
+
+    def missing(self) -> list[str]:
+        """Members that have not read the tensor that other members have read."""
+        return [module for module in self.modules if module not in self.seen] if self.seen else []
+
+    def describe(self) -> Group:
+        return Group(self.modules[0], tuple(self.modules), self.accumulator.dim, self.accumulator.tokens())
+
+
+class InputGroups:
+    """Sends every distinct layer input of a forward pass once to an accumulator.
+
+    Layers form a group when, in the pass in which they first run, they read the same tensor object at the same
+    version. Weak references to the tensors make this exact: an identity cannot be recycled unnoticed, and no
+    activation is kept alive. In every later pass the members must again read one tensor.
+
+    Args:
+        masked: The modules whose input rows are tokens, to which the attention mask applies.
+        new_accumulator: Makes the accumulator of a group of given d_in.
+        share: False gives every module its own group.
+    """
+
+    def __init__(self, masked: set[str], new_accumulator: Callable[[int], Accumulator], share: bool = True) -> None:
+        self.groups: list[InputGroup] = []
+        self._masked, self._new_accumulator, self._share = masked, new_accumulator, share
+        self._group_of: dict[str, InputGroup] = {}
+
+    def observe(self, module: str, x: torch.Tensor) -> Accumulator | None:
+        """Register that ``module`` reads ``x``. Returns the accumulator to add x to, None if that was done."""
+        group = self._group_of.get(module)
+        if group is None:
+            group = next((g for g in self.groups if self._may_join(g, module, x)), None)
+            if group is not None:
+                self._add(group, module)
+                group.seen.add(module)
+                return None
+            group = InputGroup([], module in self._masked, self._new_accumulator(x.shape[-1]), forming=True)
+            self.groups.append(group)
+            self._add(group, module)
+        elif module not in group.seen and group.reads(x):
+            group.seen.add(module)
+            return None
+        elif group.missing():
+            raise _disagreement(group)
+        group.start_round(module, x)
+        return group.accumulator
+
+    def _may_join(self, group: InputGroup, module: str, x: torch.Tensor) -> bool:
+        alike = group.masked == (module in self._masked)
+        return self._share and group.forming and group.rounds == 1 and alike and group.reads(x)
+
+    def _add(self, group: InputGroup, module: str) -> None:
+        group.modules.append(module)
+        self._group_of[module] = group
+
+    def end_pass(self) -> None:
+        """Close a forward pass. Raises KoreError when a group's members did not all read the same inputs."""
+        for group in self.groups:
+            if group.missing():
+                raise _disagreement(group)
+        for group in self.groups:
+            group.end_pass()
+
+    def restore(self, group: Group) -> Accumulator:
+        """Add a group of an earlier run as it was; returns its empty accumulator."""
+        state = InputGroup([], group.name in self._masked, self._new_accumulator(group.dim))
+        for module in group.modules:
+            self._add(state, module)
+        self.groups.append(state)
+        return state.accumulator
+
+    def never_ran(self, modules: list[str]) -> list[str]:
+        """Those of ``modules`` that no pass has run."""
+        return [module for module in modules if module not in self._group_of]
+
+
+def _disagreement(group: InputGroup) -> KoreError:
+    reader = next(module for module in group.modules if module in group.seen)
+    return KoreError(
+        f"{group.missing()[0]} and {reader} read one input in the batch in which they first ran, "
+        "but not in this one; pass share_inputs=False"
+    )
