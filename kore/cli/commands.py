@@ -51,7 +51,7 @@ def run(
     if check:
         console.say(f"{config}: valid; stages: {', '.join(stage_names(settings))}; output: {settings.output_dir}")
         return
-    report = run_pipeline(settings, console.stage, rerun=rerun or [])
+    report = run_pipeline(settings, console.stage, rerun=rerun or [], progress=console.interactive())
     console.say(f"report: {report}")
 
 

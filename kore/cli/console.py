@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -30,6 +31,11 @@ def interruptible(command: F) -> F:
             raise Interrupted from None
 
     return wrapped  # type: ignore[return-value]
+
+
+def interactive() -> bool:
+    """Whether progress bars have somewhere to go."""
+    return sys.stderr.isatty() and is_main_process()
 
 
 def say(text: str) -> None:
@@ -82,6 +88,12 @@ class LogHandler(logging.Handler):
             warning(record.getMessage())
         else:
             _line("", "dim", record.getMessage())
+
+
+def show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+    """Show KORE's own warnings in one line, in place of ``warnings.showwarning``; other libraries' are left out."""
+    if f"{os.sep}kore" in filename and is_main_process():
+        warning(str(message))
 
 
 def _line(label: str, style: str, text: str) -> None:

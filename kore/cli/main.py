@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from kore.cli import console
@@ -66,6 +67,7 @@ def _quiet_libraries(debug: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        warnings.showwarning = console.show_warning
     logger = logging.getLogger("kore")
     logger.handlers = [console.LogHandler()]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)

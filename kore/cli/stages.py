@@ -132,7 +132,7 @@ def train(
     if process_count() > 1:
         from kore.pipeline.workbench import Workbench
 
-        console.stage("train", "done", stage.run(Workbench(options.model)))
+        console.stage("train", "done", stage.run(Workbench(options.model, console.interactive())))
     else:
         _run(stage, options.model)
 
@@ -187,7 +187,7 @@ def _run(stage: Any, model: Any) -> None:
     from kore.pipeline.workbench import Workbench
 
     with only_one(stage.output.parent):
-        run_stages([stage], Workbench(model), console.stage)
+        run_stages([stage], Workbench(model, console.interactive()), console.stage)
     console.say(f"result: {stage.output}")
 
 

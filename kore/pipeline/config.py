@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | Path) else value
+    return [value] if isinstance(value, str | Path | dict) else value
 
 
 class ExistingFile:
@@ -70,6 +70,10 @@ class CaptureSection(Section):
 class AdapterSection(Section):
     method: Literal["kore", "lora", "full", "random-a"] = "kore"
     rank: int | str = 64
+    targets: str | list[str] | None = None
+    """The adapted layers; null: those of ``capture.targets``."""
+    lora_alpha: int | None = Field(default=None, ge=1)
+    """For method lora; null: twice the rank. The other methods scale by 1."""
     scale: Literal["sqrt", "orthonormal"] = "sqrt"
     modules_to_save: Literal["auto"] | list[str] | None = "auto"
     """Modules trained in full beside the adapter; "auto" is the multimodal projector, null is none."""
@@ -119,11 +123,14 @@ class QuestionSet(Section):
         return value
 
 
+QuestionSets = Annotated[list[QuestionSet], BeforeValidator(_as_list)]
+
+
 class EvalSection(Section):
     """Questions asked before and after: ``new`` gives K.A (mean of CEM and F1), ``old`` gives K.R (mean CEM)."""
 
-    new: list[QuestionSet] = []
-    old: list[QuestionSet] = []
+    new: QuestionSets = []
+    old: QuestionSets = []
     max_new_tokens: int = Field(default=32, ge=1)
     batch_size: int = Field(default=8, ge=1)
     on_bad_row: OnBadRow = "fail"

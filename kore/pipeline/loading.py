@@ -162,7 +162,9 @@ def _explain(error: ValidationError, root: type[BaseModel], where: Where) -> str
         return f"{where(key)}: missing key {_dotted(key)}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    message = message.replace("input should be", "expected")
+    message = message.replace("input should be", "expected").partition(", unable")[0]
+    if first["type"] in ("model_type", "model_attributes_type"):
+        message = "expected a section with keys of its own"
     name = f"{_dotted(key)}: " if key else ""
     value = first["input"]
     got = f", got {value!r}" if isinstance(value, str | int | float | bool | type(None)) else ""
@@ -184,16 +186,18 @@ def _key_of(location: Key, root: type[BaseModel]) -> Key:
 
 
 def _nearest(key: Key, root: type[BaseModel]) -> str | None:
-    """The known key closest to a wrong one: first in the same section, then anywhere."""
-    wrong = _dotted(tuple(part for part in key if isinstance(part, str)))
-    section, _, name = wrong.rpartition(".")
+    """The known key closest to a wrong one: of the same name elsewhere, else close in its section, else anywhere."""
+    section, name = _dotted(tuple(part for part in key[:-1] if isinstance(part, str))), str(key[-1])
     keys = known_keys(root)
-    siblings = [known for known in keys if known.rpartition(".")[0] == section]
-    same = difflib.get_close_matches(name, [known.rpartition(".")[2] for known in siblings], n=1)
+    elsewhere = [known for known in keys if known.rpartition(".")[2] == name]
+    if elsewhere:
+        return elsewhere[0]
+    siblings = [known.rpartition(".")[2] for known in keys if known.rpartition(".")[0] == section]
+    same = difflib.get_close_matches(name, siblings, n=1)
     if same:
-        return f"{section}.{same[0]}" if section else same[0]
-    elsewhere = difflib.get_close_matches(name, [known.rpartition(".")[2] for known in keys], n=1, cutoff=0.8)
-    return next((known for known in keys if known.rpartition(".")[2] == elsewhere[0]), None) if elsewhere else None
+        return _dotted((*key[:-1], same[0]))
+    close = difflib.get_close_matches(name, [known.rpartition(".")[2] for known in keys], n=1, cutoff=0.8)
+    return next(known for known in keys if known.rpartition(".")[2] == close[0]) if close else None
 
 
 def _resolve(config: R, folder: Path, given: Sequence[Key], where: Where, check: bool) -> R:

@@ -32,7 +32,9 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
         stages.append(EvalStage(out / "eval" / "before", model, config.eval, name="eval-before"))
     if method != "full":
         init = out / "adapter-init"
-        stages.append(InitStage(init, model, config.adapter, covariance, seed))
+        targets = config.adapter.targets if config.adapter.targets is not None else config.capture.targets
+        adapter = config.adapter.model_copy(update={"targets": targets})
+        stages.append(InitStage(init, model, adapter, covariance, seed))
     train = TrainStage(out / "train", model, config.new, config.train, init, seed)
     stages.append(train)
     if asks:

@@ -107,7 +107,9 @@ class InitStage:
         options = self.settings.model_dump(exclude={"method"})
         base = context.base()
         context.drop()
-        model = prepare_model(base, self.settings.method, cov=covariance, seed=self.seed, **options)
+        model = prepare_model(
+            base, self.settings.method, cov=covariance, seed=self.seed, progress=context.progress, **options
+        )
         save_adapter(model, self.output)
         context.put_adapted(model, self.output, trainable=True)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -163,11 +165,13 @@ class TrainStage:
 
         conversations = read_conversations(self.new, self.seed)
         if self.init is None:
-            model = prepare_model(context.base(), "full", rank=1)
+            model = prepare_model(context.base(), "full")
         else:
             model = context.adapted(self.init, trainable=True)
         context.drop()
-        result = train(model, context.encoder, conversations, self.settings.settings(), self.output)
+        settings = self.settings.settings()
+        settings.progress = settings.progress and context.progress
+        result = train(model, context.encoder, conversations, settings, self.output)
         if self.init is None:
             context.put_base(result.model, self.result)
         else:
@@ -227,7 +231,9 @@ class EvalStage:
             scores[group][questions.name] = {**result.scores(), "mean": result.overall.mean}
         scores |= summary(scores)
         atomic_write(self.output / "scores.json", json.dumps(scores, indent=2) + "\n")
-        return ", ".join(f"{label} {scores[key]:.2f}" for key, label in _MEASURES if scores[key] is not None)
+        asked = sum(result["overall"]["count"] for group in ("new", "old") for result in scores[group].values())
+        measures = [f"{label} {scores[key]:.2f}" for key, label in _MEASURES if scores[key] is not None]
+        return ", ".join([f"{asked} questions", *measures])
 
     def _sets(self) -> list[tuple[str, QuestionSet]]:
         return [("new", one) for one in self.settings.new] + [("old", one) for one in self.settings.old]
