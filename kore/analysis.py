@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,7 +84,7 @@ def _model_factors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     from kore.models import base_model
 
-    factors = {
+    factors: dict[str, Any] = {
         name: module.lora_A[module.active_adapters[0]].weight
         for name, module in base_model(model).named_modules()
         if isinstance(module, LoraLayer) and module.active_adapters and module.active_adapters[0] in module.lora_A

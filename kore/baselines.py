@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -96,7 +97,7 @@ def _lora(
     rank = resolve_rank(model, names, rank)
     fingerprint = model_fingerprint(model)
     alpha = 2 * rank if lora_alpha is None else lora_alpha
-    peft_model = wrap_lora(model, names, rank, alpha, modules_to_save, seed)
+    peft_model: Any = wrap_lora(model, names, rank, alpha, modules_to_save, seed)
     peft_model.kore_info = {
         "method": "lora",
         "a_frozen": False,
@@ -113,7 +114,7 @@ def _lora(
     return peft_model
 
 
-def _train_in_full(model: nn.Module) -> nn.Module:
+def _train_in_full(model: Any) -> nn.Module:
     if not has_vision(model):
         return model.requires_grad_(True)
     model.requires_grad_(False)

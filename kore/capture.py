@@ -167,7 +167,7 @@ class _Run:
         self._mask: torch.Tensor | None = None
         self._device = next(model.parameters()).device
         parameters = inspect.signature(base_model(model).forward).parameters
-        self._extra = {"use_cache": False} if "use_cache" in parameters else {}
+        self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         if "logits_to_keep" in parameters and _output_head(model) not in targets.values():
             self._extra["logits_to_keep"] = 1
 

@@ -85,6 +85,6 @@ def _update(digest: hashlib._Hash, value: Any) -> None:
             _update(digest, item)
     elif isinstance(value, torch.Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     else:
         digest.update(repr(value).encode())

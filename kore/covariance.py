@@ -105,11 +105,12 @@ class CovarianceSet:
             write_manifest(directory, KIND, fields)
 
 
-def write_groups(directory: Path, matrices: Iterable[tuple[Group, torch.Tensor]]) -> list[dict[str, Any]]:
+def write_groups(directory: Path, matrices: Iterable[tuple[Group, torch.Tensor | None]]) -> list[dict[str, Any]]:
     """Write one file per group into ``directory`` and return the manifest entries that :func:`read_groups` reads."""
     entries = []
     for index, (group, matrix) in enumerate(matrices):
         file = f"group-{index:05d}.safetensors"
+        assert matrix is not None
         save_tensors({_TENSOR: matrix}, directory / file)
         entries.append({**asdict(group), "file": file})
     return entries

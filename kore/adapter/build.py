@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ def get_kore_model(
     rank = resolve_rank(model, names, config.rank)
     fingerprint = model_fingerprint(model)
     factors, notes = compute_factors(model, names, rank, cov, config, progress)
-    peft_model = wrap_lora(model, names, rank, rank, config.modules_to_save, config.seed)
+    peft_model: Any = wrap_lora(model, names, rank, rank, config.modules_to_save, config.seed)
     base = peft_model.get_base_model()
     with torch.no_grad():
         for name, factor in factors.items():

@@ -84,6 +84,7 @@ def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: b
     directory = Path(path)
     info = read_info(directory)
     check_fingerprint(info["base_fingerprint"], model, f"the adapter {directory}")
+    peft_model: Any
     with torch.random.fork_rng(devices=[]):
         peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
     if info["a_frozen"]:

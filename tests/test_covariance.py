@@ -1,0 +1,129 @@
+"""Covariance sets: files, laziness, corruption, merging."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kore.capture import capture_covariance
+from kore.covariance import CovarianceSet, Group, load_covariance, merge_covariance
+from kore.errors import ArtifactError, KoreError
+from tests.batches import MODELS, make_batches
+
+
+@pytest.fixture(scope="module")
+def halves():
+    model, batches = MODELS["llava"](), make_batches("llava", 4)
+    runs = [capture_covariance(model, part, dtype=torch.float64) for part in (batches, batches[:2], batches[2:])]
+    return tuple(runs)
+
+
+def test_saved_and_loaded_is_the_same(halves, tmp_path):
+    whole = halves[0]
+    whole.save(tmp_path / "c")
+    loaded = load_covariance(tmp_path / "c")
+    assert loaded.groups == whole.groups and loaded.fingerprint == whole.fingerprint
+    assert loaded.normalize == "none" and loaded.modules == whole.modules
+    assert all(torch.equal(loaded[name], whole[name]) for name in whole.modules)
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) == len(whole.groups) == 8
+    loaded.save(tmp_path / "c")  # over the files it reads from
+    again = load_covariance(tmp_path / "c")
+    assert all(torch.equal(again[name], whole[name]) for name in whole.modules)
+
+
+def test_merging_two_halves_equals_one_run(halves, tmp_path):
+    whole, first, second = halves
+    merged = merge_covariance([first, second])
+    assert merged.groups == whole.groups
+    for name in whole.modules:
+        torch.testing.assert_close(merged[name], whole[name], rtol=1e-12, atol=1e-12)
+    second.save(tmp_path / "half")
+    merged.save(tmp_path / "merged")
+    loaded = merge_covariance([first, load_covariance(tmp_path / "half")])
+    stored = load_covariance(tmp_path / "merged")
+    assert all(torch.equal(loaded[name], stored[name]) for name in whole.modules)
+    assert stored.groups == whole.groups
+
+
+def test_weights(halves):
+    _, first, second = halves
+    name = first.modules[0]
+    before = first[name].clone()
+    merged = merge_covariance([first, second], weights=[0.25, 2])
+    torch.testing.assert_close(merged[name], 0.25 * first[name] + 2 * second[name])
+    alone = merge_covariance([first, second], weights=[1, 0])
+    assert torch.equal(alone[name], before) and alone.tokens(name) == first.tokens(name)
+    assert torch.equal(first[name], before)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1, -1], [0, 0], [1, float("nan")]])
+def test_wrong_weights(halves, weights):
+    with pytest.raises(KoreError, match="weights"):
+        merge_covariance(halves[1:], weights=weights)
+
+
+def test_merge_refuses_other_models_modules_scalings_and_groupings(halves):
+    model, batches = MODELS["llava"](), make_batches("llava", 1)
+    first = halves[1]
+    with pytest.raises(KoreError, match=r"another model than set 0 \(weights differs\)"):
+        merge_covariance([first, capture_covariance(MODELS["llava"](1), batches)])
+    with pytest.raises(KoreError, match="another model"):
+        merge_covariance([first, capture_covariance(MODELS["llama"](), make_batches("llama", 1))])
+    with pytest.raises(KoreError, match="other modules"):
+        merge_covariance([first, capture_covariance(model, batches, targets=r".*language_model.*q_proj")])
+    with pytest.raises(KoreError, match="normalize"):
+        merge_covariance([first, capture_covariance(model, batches, normalize="official")])
+    with pytest.raises(KoreError, match="share_inputs"):
+        merge_covariance([first, capture_covariance(model, batches, share_inputs=False)])
+    with pytest.raises(KoreError, match="at least one"):
+        merge_covariance([])
+
+
+def test_an_unknown_module_is_named_with_near_ones(halves):
+    with pytest.raises(KoreError, match=r"layers\.0\.mlp\.gate_prj.*near: .*gate_proj"):
+        halves[0]["model.language_model.layers.0.mlp.gate_prj"]
+    assert "nothing" not in halves[0]
+
+
+def small_set() -> CovarianceSet:
+    groups = [Group("a", ("a", "b"), 3, 5), Group("c", ("c",), 2, 5)]
+    matrices = {"a": torch.eye(3), "c": 2 * torch.eye(2)}
+    return CovarianceSet(matrices, groups, {"architecture": "X", "structure": "y", "weights": None})
+
+
+def test_only_the_group_that_is_read_is_loaded(tmp_path):
+    small_set().save(tmp_path / "c")
+    loaded = load_covariance(tmp_path / "c")
+    (tmp_path / "c" / "group-00001.safetensors").unlink()
+    assert torch.equal(loaded["b"], torch.eye(3))
+    with pytest.raises(ArtifactError, match=r"group-00001\.safetensors: no such file"):
+        loaded["c"]
+    with pytest.raises(ArtifactError, match="missing"):
+        load_covariance(tmp_path / "c")
+
+
+def test_corrupt_and_truncated_files_are_named(tmp_path):
+    small_set().save(tmp_path / "c")
+    file = tmp_path / "c" / "group-00000.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    loaded = load_covariance(tmp_path / "c")
+    with pytest.raises(ArtifactError, match=r"group-00000\.safetensors: corrupt"):
+        loaded["a"]
+    file.write_bytes(content[:-8])
+    with pytest.raises(ArtifactError, match=r"group-00000\.safetensors: truncated"):
+        load_covariance(tmp_path / "c")
+
+
+def test_a_manifest_without_groups_and_a_directory_of_another_kind(tmp_path):
+    small_set().save(tmp_path / "c")
+    manifest = tmp_path / "c" / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    del fields["groups"]
+    manifest.write_text(json.dumps(fields))
+    with pytest.raises(ArtifactError, match="does not describe its groups"):
+        load_covariance(tmp_path / "c")
+    with pytest.raises(ArtifactError, match="no such covariance"):
+        load_covariance(tmp_path / "nothing")
