@@ -103,6 +103,8 @@ class ChatTemplate:
         messages = conversation.messages
         if messages[-1].role == "user":
             messages = messages[:-1]
+        if not any(message.role == "assistant" for message in messages):
+            raise DataError("the conversation has no answer")
         text = self._text(messages)
         answers = []
         for index, message in enumerate(messages):
@@ -114,8 +116,6 @@ class ChatTemplate:
             if place < 0:
                 raise DataError(f"turn {index + 1}: the chat template changes the answer; it cannot be located")
             answers.append(Answer(start, place + len(_spoken(message)), end))
-        if not answers:
-            raise DataError("the conversation has no answer")
         return Rendered(text, tuple(answers), len(text))
 
 

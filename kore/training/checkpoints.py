@@ -55,6 +55,6 @@ def remove_incomplete(directory: Path) -> None:
 def keep_newest(directory: Path, limit: int) -> None:
     """Delete all but the newest ``limit`` whole checkpoints; ``limit`` 0 deletes all."""
     whole = [checkpoint for checkpoint in _checkpoints(directory) if is_complete(checkpoint)]
-    for checkpoint in whole[: len(whole) - limit]:
+    for checkpoint in whole[: max(0, len(whole) - limit)]:
         (checkpoint / COMPLETE).unlink()
         shutil.rmtree(checkpoint)

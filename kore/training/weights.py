@@ -27,7 +27,7 @@ def save_trained(model: nn.Module, directory: Path) -> None:
     """Write the trained weights of ``model`` into ``directory``: a stock PEFT adapter where it has one."""
     directory.mkdir(parents=True, exist_ok=True)
     if has_adapter(model):
-        model.save_pretrained(directory)  # type: ignore[operator]
+        model.save_pretrained(directory, save_embedding_layers=False)  # type: ignore[operator]
     else:
         save_tensors(_trained(model), directory / TRAINED)
 

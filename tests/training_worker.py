@@ -1,0 +1,57 @@
+"""A training run in a process of its own: started by the tests under torchrun, and to be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+
+def prepared(kind: str, root: Path, method: str = "random-a"):
+    """The tiny model of ``kind`` under ``root``, made trainable, with its encoder."""
+    from kore.baselines import prepare_model
+    from kore.data import Encoder
+    from kore.models import load_model
+
+    rank = {} if method == "full" else {"rank": 4}
+    model = prepare_model(load_model(root / kind, device="cpu"), method, progress=False, **rank)
+    return model, Encoder.from_pretrained(root / kind)
+
+
+def kill_at(step: int) -> None:
+    """Make the Trainer kill this process in the middle of writing the checkpoint of ``step``."""
+    from kore.training.trainer import KoreTrainer
+
+    write = KoreTrainer._save_optimizer_and_scheduler
+
+    def save(self, output_dir: str) -> None:
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, output_dir)
+
+    KoreTrainer._save_optimizer_and_scheduler = save
+
+
+def main() -> None:
+    root, output, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    from kore.data import load_conversations
+    from kore.training import train
+
+    torch.set_num_threads(1)
+    if "kill_at" in options:
+        kill_at(options["kill_at"])
+    model, encoder = prepared(options["kind"], root, options["method"])
+    conversations = load_conversations(root / "data" / "conversations.json", image_root=root / "data" / "images")
+    conversations += load_conversations(root / "text" / "conversations.json")
+    train(model, encoder, conversations, options["config"], output)
+    rank = os.environ.get("RANK", "0")
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    torch.save(trained, output / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
