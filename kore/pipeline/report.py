@@ -16,6 +16,7 @@ from kore.pipeline.workbench import Workbench
 _SAMPLES_PER_SET = 4
 _LARGEST_SPECTRUM = 4608
 _PANELS = 4
+_METHODS = {"kore": "KORE", "lora": "LoRA", "full": "Full fine-tuning", "random-a": "Random frozen A"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def write_report(config: RunConfig, path: Path) -> None:
     from kore.report import Report
 
     out = config.output_dir
-    report = Report(f"KORE run: {out.name}", f"{config.model.path} · {datetime.now(timezone.utc):%d %B %Y}")
+    title = f"{_METHODS[config.adapter.method]} on {Path(config.model.path).name}"
+    report = Report(title, f"{out} · {datetime.now(timezone.utc):%d %B %Y}")
     if (out / "eval" / "after" / "scores.json").is_file():
         before, after = (read_json(out / "eval" / when / "scores.json") for when in ("before", "after"))
         _headline(report, before, after)
@@ -114,7 +116,8 @@ def _training(report: Any, out: Path) -> None:
     if len([entry for entry in history if "loss" in entry]) > 1:
         report.figure(figures.loss_curves({"training": history}), "Loss on the answer tokens of the new data.")
     last = next((entry for entry in reversed(history) if "loss" in entry), {})
-    report.facts({"steps": last.get("step"), "epochs": last.get("epoch"), "last loss": last.get("loss")})
+    loss = f"{last['loss']:.4f}" if last else None
+    report.facts({"steps": last.get("step"), "epochs": last.get("epoch"), "last loss": loss})
 
 
 def _covariance(report: Any, config: RunConfig, out: Path) -> None:
@@ -129,11 +132,13 @@ def _covariance(report: Any, config: RunConfig, out: Path) -> None:
         "C is the covariance of a layer's inputs on the old data. The adapter reads the directions in which C is "
         "smallest, so that what it learns leaves old inputs alone.",
     )
+    rank = read_json(adapter / "adapter_config.json").get("r")
     leaks = analysis.leak(adapter, covariance)
+    chance = {module: rank / covariance.group(module).dim for module in leaks}
     report.figure(
-        figures.leak_per_layer({"old inputs": leaks}),
-        f"Leak: the share of the old inputs' energy that the adapter reads, layer by layer; 0 would be no contact "
-        f"at all. Mean {sum(leaks.values()) / len(leaks):.2e}.",
+        figures.leak_per_layer({"old inputs": leaks, "random directions": chance}),
+        "Leak: the share of the old inputs' energy that the adapter reads, layer by layer; 0 would be no contact at "
+        f"all. Mean {_mean(leaks):.1e}; directions drawn at random would read {_mean(chance):.1e} (rank / d_in).",
     )
     shown = {module: covariance[module] for module in _representatives(covariance)}
     report.figure(
@@ -141,12 +146,15 @@ def _covariance(report: Any, config: RunConfig, out: Path) -> None:
     )
     small = {module: matrix for module, matrix in shown.items() if len(matrix) <= _LARGEST_SPECTRUM}
     if small:
-        rank = read_json(adapter / "adapter_config.json").get("r")
         spectra = {module: analysis.spectrum(matrix) for module, matrix in small.items()}
         report.figure(
             figures.spectra(spectra, rank),
             f"Eigenvalues of C. Shaded: the {rank} smallest directions, which the adapter reads.",
         )
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def _representatives(covariance: Any) -> list[str]:
@@ -197,7 +205,14 @@ def _run(report: Any, config: RunConfig, out: Path) -> None:
     for label, directory in records.items():
         record = read_record(directory / RECORD)
         if record.get("state") == "done":
-            rows.append([label, record["result"], duration(record["seconds"]), record["finished"]])
+            rows.append(
+                [
+                    label,
+                    record["result"],
+                    duration(record["seconds"]),
+                    record["finished"].partition("+")[0].replace("T", " "),
+                ]
+            )
     report.table(["stage", "result", "time", "finished (UTC)"], rows)
     adapter = config.adapter
     report.facts(

@@ -144,7 +144,8 @@ def leak_per_layer(leaks: Mapping[str, Mapping[str, float]]) -> Figure:
     """Share of the input energy that the adapter reads, per layer, one panel for each kind of module.
 
     Args:
-        leaks: For each name (for example old and new inputs) the leak of every module.
+        leaks: For each name (for example old and new inputs) the leak of every module. Names stand for lines,
+            ones that begin with "random" for dashed lines without colour.
     """
     kinds: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for name, leak in leaks.items():
@@ -160,13 +161,18 @@ def leak_per_layer(leaks: Mapping[str, Mapping[str, float]]) -> Figure:
             if name not in curves:
                 continue
             layers, values = np.array(sorted(curves[name]), dtype=float).T
-            marker = "o" if len(layers) < 12 else None
-            ax.semilogy(layers, np.maximum(values, 1e-12), color=colour, marker=marker, markersize=3.5, label=name)
+            style: dict[str, Any] = {"color": colour, "marker": "o" if len(layers) < 12 else None, "markersize": 3.5}
+            if name.startswith("random"):
+                style = {"color": _INK, "alpha": 0.5, "linestyle": (0, (4, 3)), "linewidth": 1.1}
+            ax.semilogy(layers, np.maximum(values, 1e-12), label=name, **style)
         ax.set_title(kind, fontsize=8.5, color=_INK)
         if len(layers) < 12:
             ax.set_xticks(layers)
     for ax in axes[len(kinds) :]:
         ax.set_visible(False)
+    if kinds:
+        low, high = axes[0].get_ylim()
+        axes[0].set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
     figure.supxlabel("layer", fontsize=9, color=_INK)
     figure.supylabel("leak  ‖xU‖² / ‖x‖²", fontsize=9, color=_INK)
     if axes:
