@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import logging
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ def describe() -> str:
 
 
 def syrk(C: Tensor, x: Tensor, alpha: float) -> None:
-    """Lower triangle of ``C += alpha * xᵀ x`` in place, with torch's number of threads; C (d, d) contiguous, x (N, d)."""
+    """Lower triangle of ``C += alpha * xᵀ x`` in place; C (d, d) contiguous, x (N, d).
+
+    As many threads as torch uses, where the BLAS lets itself be told.
+    """
     routine, layout = _routine(C.dtype), _layout(x)
     assert routine is not None and layout is not None
     trans, ld = layout
@@ -72,7 +75,7 @@ def _int(value: int) -> Any:
     return ctypes.byref(ctypes.c_int64(value))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _routine(dtype: torch.dtype) -> Any:
     try:
         from scipy.linalg import cython_blas
@@ -92,7 +95,7 @@ def _routine(dtype: torch.dtype) -> Any:
     return ctypes.CFUNCTYPE(None, *arguments)(address)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _openblas() -> tuple[Any, Any] | None:
     """(get, set) of the thread count of the OpenBLAS that a SciPy wheel carries, or None."""
     import scipy

@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -52,7 +52,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     return _select(os.environ.get("KORE_BACKEND") or "auto", op, device, dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     if setting == "auto":
         name, reason = _preference(op, device, dtype)
@@ -115,7 +115,7 @@ def backends() -> dict[str, BackendInfo]:
     if refusal:
         triton_detail = refusal
     elif unproven:
-        triton_detail = f"not the default for {', '.join(unproven)}: never passed the GPU suite here; opt in with KORE_BACKEND=triton"
+        triton_detail = f"has not passed the GPU suite here ({', '.join(unproven)}); KORE_BACKEND=triton opts in"
     else:
         triton_detail = "interpreter, for tests" if interpreting() else "passed the GPU suite on this architecture"
     gpu_ops = {name: tuple(f"{op} on cuda" for op, chosen in on_gpu.items() if chosen == name) for name in BACKENDS}

@@ -15,3 +15,9 @@ def pad_columns(matrix: Tensor) -> Tensor:
     """(n, r) contiguous with zero columns up to a multiple of 16; itself if that is what it is."""
     r = matrix.shape[1]
     return F.pad(matrix, (0, padded(r) - r)).contiguous()
+
+
+def pad(square: Tensor) -> Tensor:
+    """(r, r) with zero rows and columns up to a multiple of 16."""
+    extra = padded(square.shape[0]) - square.shape[0]
+    return F.pad(square, (0, extra, 0, extra)).contiguous()

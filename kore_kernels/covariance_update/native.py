@@ -15,9 +15,7 @@ from kore_kernels import blas
 from kore_kernels.covariance_update.configs import NATIVE
 
 
-def covariance_update(
-    C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor
-) -> None:
+def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor) -> None:
     alpha = float(alpha)
     if mask is not None and bool(mask.all()):
         mask = None

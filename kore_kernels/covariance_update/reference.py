@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def covariance_update(
-    C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor
-) -> None:
+def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor) -> None:
     """C[i, j] += alpha * Σ_n w_n x[n, i] x[n, j] for i >= j; x (N, d), mask and weight (N,).
 
     Excluded rows are replaced by zeros, not multiplied by them, so that what they hold (NaN, inf) does not matter.

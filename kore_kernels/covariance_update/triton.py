@@ -17,9 +17,7 @@ from kore_kernels.covariance_update import configs
 from kore_kernels.triangle import lower_tile
 
 
-def covariance_update(
-    C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor
-) -> None:
+def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor) -> None:
     n, d = x.shape
     # A weighted two-byte row no longer fits in two bytes: it is multiplied as float32.
     dot_dtype = tl.float32 if weight is not None else gpu.dot_dtype(x)

@@ -16,7 +16,7 @@ class TritonConfig:
     num_stages: int
 
 
-# Products whose tiles are multiplied as two-byte numbers.
+# Two-byte products as wide as the layer: y and dx.
 HALF: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(32, 32, 32, 4, 1),
     80: TritonConfig(128, 128, 32, 8, 3),
@@ -30,14 +30,13 @@ SINGLE: dict[int | str, TritonConfig] = {
     90: TritonConfig(64, 64, 32, 4, 3),
     100: TritonConfig(64, 64, 32, 4, 3),
 }
-# The gradients of B and of h: their output is only as wide as the rank.
-GRADIENTS_HALF: dict[int | str, TritonConfig] = {
+# Two-byte products whose result is only as wide as the rank: h, gB and dB.
+NARROW_HALF: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(32, 32, 32, 4, 1),
-    80: TritonConfig(128, 64, 32, 4, 4),
+    80: TritonConfig(128, 64, 32, 8, 3),
     90: TritonConfig(128, 128, 64, 8, 3),
     100: TritonConfig(128, 128, 64, 8, 3),
 }
-GRADIENTS_SINGLE: dict[int | str, TritonConfig] = SINGLE
 
 # Programs that are neighbours in time share this many rows of tiles, and so the second factor in the L2 cache.
 GROUP = 8

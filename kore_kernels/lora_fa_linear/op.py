@@ -109,9 +109,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
     ctx.scaling = scaling
-    ctx.save_for_backward(
-        weight if needs_x else None, A if needs_x else None, B, h if needs_B else None
-    )
+    ctx.save_for_backward(weight if needs_x else None, A if needs_x else None, B, h if needs_B else None)
 
 
 def _autograd(ctx, g, _grad_h):

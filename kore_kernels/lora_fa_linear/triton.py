@@ -1,8 +1,8 @@
 """lora_fa_linear on NVIDIA GPUs, from two kernels.
 
-``_two_products`` computes out = L R + bias + s P Q in one pass over the output: the forward product (x Wᵀ + b + s h Bᵀ),
-the input gradient (g W + s gB A) and, without P and Q, h = x Aᵀ. The low-rank product comes first, so that one
-accumulator serves both.
+``_two_products`` computes out = L R + bias + s P Q in one pass over the output: the forward product
+(x Wᵀ + b + s h Bᵀ), the input gradient (g W + s gB A) and, without P and Q, h = x Aᵀ. The low-rank product comes
+first, so that one accumulator serves both.
 
 ``_gradients`` computes gB = g B and dB = gᵀ h. Both in one register-resident pass over g would need float32 partial
 results larger than g itself (one of the two is always summed across programs), so the rows of g are taken in chunks
@@ -11,6 +11,8 @@ bus once. The shares of dB are added in a fixed order; nothing is atomic, and ev
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -25,7 +27,7 @@ from kore_kernels.padding import pad_columns, padded
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    h = project(x, A.T)
+    h = project(x, A.T, A.shape[0])
     return two_products(x, weight.T, bias, h, pad_columns(B).T, scaling), h
 
 
@@ -38,13 +40,10 @@ def backward(
     return two_products(g, weight, None, gB, A, scaling), dB
 
 
-def project(x: Tensor, basis: Tensor) -> Tensor:
-    """x @ basis, (N, r), in basis's dtype as (N, padded(r)) whose other columns are zero.
-
-    x may have more columns than basis has rows if those columns are zero.
-    """
-    h = x.new_empty(x.shape[0], padded(basis.shape[1]), dtype=basis.dtype)
-    _launch_two_products(h, x, basis, None, None, None, 0.0, None)
+def project(x: Tensor, basis: Tensor, rank: int) -> Tensor:
+    """x @ basis[:, :rank] in basis's dtype as (N, padded(rank)) whose other columns are zero."""
+    h = x.new_empty(x.shape[0], padded(rank), dtype=basis.dtype)
+    _launch_two_products(configs.NARROW_HALF, h, x, basis[:, :rank], None, None, None, 0.0, None)
     return h
 
 
@@ -63,11 +62,12 @@ def two_products(
     L may have more columns than R has rows, and P than Q, if those columns are zero.
     """
     out = L.new_empty(L.shape[0], R.shape[1])
-    _launch_two_products(out, L, R, bias, P, Q, scaling, add)
+    _launch_two_products(configs.HALF, out, L, R, bias, P, Q, scaling, add)
     return out
 
 
 def _launch_two_products(
+    half: Mapping[int | str, configs.TritonConfig],
     out: Tensor,
     L: Tensor,
     R: Tensor,
@@ -81,7 +81,7 @@ def _launch_two_products(
     base_dot = gpu.dot_dtype(L, R)
     low_rank_dot = base_dot if P is None or Q is None else gpu.dot_dtype(P, Q)
     single = tl.float32 in (base_dot, low_rank_dot)
-    config = gpu.pick(configs.SINGLE if single else configs.HALF, out)
+    config = gpu.pick(configs.SINGLE if single else half, out)
     gpu.launch(
         _two_products,
         triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
@@ -190,7 +190,7 @@ def gradients(
     (m, n), r = g.shape, B.shape[1]
     dot_dtype = gpu.dot_dtype(g, B)
     single = dot_dtype == tl.float32
-    config = gpu.pick(configs.GRADIENTS_SINGLE if single else configs.GRADIENTS_HALF, g)
+    config = gpu.pick(configs.SINGLE if single else configs.NARROW_HALF, g)
     chunk_rows = configs.INTERPRETER_CHUNK_ROWS if dispatch.interpreting() else configs.CHUNK_ROWS
     chunks = triton.cdiv(m, chunk_rows)
     rank_tiles = triton.cdiv(padded(r), config.block_n)
@@ -246,56 +246,90 @@ def _gradients(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    chunk = program // (gB_programs + dB_programs)
-    local = program - chunk * (gB_programs + dB_programs)
+    in_chunk = gB_programs + dB_programs
+    chunk = tl.program_id(0) // in_chunk
+    local = tl.program_id(0) - chunk * in_chunk
     first, last = chunk * chunk_rows, tl.minimum((chunk + 1) * chunk_rows, m)
+    if GB is not None:  # noqa: SIM102 (decided when the kernel is compiled)
+        if local < gB_programs:
+            _gB_tile(G, B, GB, local, first, last, n, r, r_padded, stride_gm, stride_gn, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
+    if SHARES is not None:  # noqa: SIM102
+        if local >= gB_programs:
+            share = SHARES + chunk.to(tl.int64) * n * r
+            local -= gB_programs
+            _dB_tile(
+                G, H, share, local, first, last, n, r, r_padded, stride_gm, stride_gn, DOT, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+
+
+@triton.jit
+def _gB_tile(
+    G,
+    B,
+    GB,
+    tile,
+    first,
+    last,
+    n,
+    r,
+    r_padded,
+    stride_gm,
+    stride_gn,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of gB: rows of the chunk by columns of the rank, summed over the columns of g."""
     rank_tiles = tl.cdiv(r_padded, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    tile = tl.where(local < gB_programs, local, local - gB_programs)
     columns = tile % rank_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rank = columns < r_padded
-    if local < gB_programs:
-        rows = first + tile // rank_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = rows.to(tl.int64)
-        in_rows = rows < last
-        for start in range(0, n, BLOCK_K):
-            at = start + inner
-            left = tl.load(
-                G + row[:, None] * stride_gm + at.to(tl.int64)[None, :] * stride_gn,
-                mask=in_rows[:, None] & (at < n)[None, :],
-                other=0.0,
-            )
-            right = tl.load(
-                B + at.to(tl.int64)[:, None] * r_padded + columns[None, :],
-                mask=(at < n)[:, None] & in_rank[None, :],
-                other=0.0,
-            )
-            total = tl.dot(left.to(DOT), right.to(DOT), total, input_precision="tf32x3")
-        # Padding columns are zero, even in a row that is not finite.
-        total = tl.where((columns < r)[None, :], total, 0.0)
-        cells = GB + row[:, None] * r_padded + columns[None, :]
-        tl.store(cells, total.to(GB.dtype.element_ty), mask=in_rows[:, None] & in_rank[None, :])
-    else:
-        rows = tile // rank_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = rows.to(tl.int64)
-        in_rows = rows < n
-        for start in range(first, last, BLOCK_K):
-            at = (start + inner).to(tl.int64)
-            left = tl.load(
-                G + at[:, None] * stride_gm + row[None, :] * stride_gn,
-                mask=(at < last)[:, None] & in_rows[None, :],
-                other=0.0,
-            )
-            right = tl.load(
-                H + at[:, None] * r_padded + columns[None, :],
-                mask=(at < last)[:, None] & in_rank[None, :],
-                other=0.0,
-            )
-            total = tl.dot(tl.trans(left).to(DOT), right.to(DOT), total, input_precision="tf32x3")
-        cells = SHARES + (chunk.to(tl.int64) * n + row[:, None]) * r + columns[None, :]
-        tl.store(cells, total, mask=in_rows[:, None] & (columns < r)[None, :])
+    rows = first + tile // rank_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rank, in_rows = (columns < r_padded)[None, :], (rows < last)[:, None]
+    row = rows.to(tl.int64)[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, n, BLOCK_K):
+        at = start + tl.arange(0, BLOCK_K)
+        far, inside = at.to(tl.int64), at < n
+        left = tl.load(G + row * stride_gm + far[None, :] * stride_gn, mask=in_rows & inside[None, :], other=0.0)
+        right = tl.load(B + far[:, None] * r_padded + columns[None, :], mask=inside[:, None] & in_rank, other=0.0)
+        total = tl.dot(left.to(DOT), right.to(DOT), total, input_precision="tf32x3")
+    # Padding columns are zero, even in a row that is not finite.
+    total = tl.where((columns < r)[None, :], total, 0.0)
+    tl.store(GB + row * r_padded + columns[None, :], total.to(GB.dtype.element_ty), mask=in_rows & in_rank)
+
+
+@triton.jit
+def _dB_tile(
+    G,
+    H,
+    SHARE,
+    tile,
+    first,
+    last,
+    n,
+    r,
+    r_padded,
+    stride_gm,
+    stride_gn,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of the chunk's share of dB: columns of g by columns of the rank, summed over the rows of the chunk."""
+    rank_tiles = tl.cdiv(r_padded, BLOCK_N)
+    columns = tile % rank_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tile // rank_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rank, in_rows = (columns < r_padded)[None, :], rows < n
+    row = rows.to(tl.int64)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(first, last, BLOCK_K):
+        at = start + tl.arange(0, BLOCK_K)
+        far, inside = at.to(tl.int64)[:, None], (at < last)[:, None]
+        left = tl.load(G + far * stride_gm + row[None, :] * stride_gn, mask=inside & in_rows[None, :], other=0.0)
+        right = tl.load(H + far * r_padded + columns[None, :], mask=inside & in_rank, other=0.0)
+        total = tl.dot(tl.trans(left).to(DOT), right.to(DOT), total, input_precision="tf32x3")
+    tl.store(SHARE + row[:, None] * r + columns[None, :], total, mask=in_rows[:, None] & (columns < r)[None, :])
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kore_kernels.lora_fa_linear.triton import gradients, project, two_products
-from kore_kernels.padding import pad_columns
+from kore_kernels.padding import pad, pad_columns
 
 
 def forward(
@@ -24,9 +24,9 @@ def forward(
     Bs: Sequence[Tensor],
     scaling: float,
 ) -> tuple[list[Tensor], Tensor]:
-    h = project(x, U)
+    h = project(x, pad_columns(U), U.shape[1])
     ys = [
-        two_products(x, weight.T, bias, project(h, R.T), pad_columns(B).T, scaling)
+        two_products(x, weight.T, bias, _rotate(h, R), pad_columns(B).T, scaling)
         for weight, bias, R, B in zip(weights, biases, Rs, Bs)
     ]
     return ys, h
@@ -43,16 +43,19 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     gBs, dBs = [], []
     for g, R, B in zip(gs, Rs, Bs):
-        h_i = None if h is None else project(h, R.T)
+        h_i = None if h is None else _rotate(h, R)
         gB, dB = gradients(g, B, h_i, scaling, want_gB=U is not None)
         gBs.append(gB)
         dBs.append(dB)
     if U is None:
         return None, dBs
-    stacked = torch.cat([pad_columns(R.T).T for R in Rs])
-    low = project(torch.cat(gBs, dim=1), stacked)
-    dx = two_products(gs[0], weights[0], None, low, U.T, scaling)
+    low = project(torch.cat(gBs, dim=1), torch.cat([pad(R) for R in Rs]), U.shape[1])
+    dx = two_products(gs[0], weights[0], None, low, pad_columns(U).T, scaling)
     for g, weight in zip(gs[1:], weights[1:]):
         dx = two_products(g, weight, add=dx)
     return dx, [] if h is None else dBs
 
+
+def _rotate(h: Tensor, R: Tensor) -> Tensor:
+    """h_i = h R_iᵀ, padded like h."""
+    return project(h, pad(R).T, R.shape[0])

@@ -1,4 +1,4 @@
-"""symmetrize_ on the CPU: block by block, so that both sides of a copy stay in cache and nothing of C's size is made."""
+"""symmetrize_ on the CPU: block by block: both sides of a copy stay in cache, nothing of C's size is made."""
 
 from __future__ import annotations
 

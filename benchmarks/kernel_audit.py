@@ -1,0 +1,201 @@
+"""Static audit of the Triton kernels: compile every shipped configuration, without a GPU.
+
+    python -m benchmarks.kernel_audit                 # every kernel for sm_80, sm_90 and sm_100
+    python -m benchmarks.kernel_audit --arch 90 --json audit.json
+
+The launching code of each backend runs as it would on a GPU, on meta tensors and with a pinned target; where a kernel
+would be launched it is compiled. So what is audited is what runs. Exits non-zero when a kernel spills registers, needs
+more shared memory than its architecture gives, or holds no tensor-core instruction where it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+ARCHITECTURES = (80, 90, 100)
+TENSOR_CORE = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
+REGISTERS_PER_SM, THREADS_PER_SM = 65_536, 2_048
+SHARED_MEMORY_PER_SM = {80: 102_400, 90: 233_472, 100: 233_472}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel and what the compiler made of it."""
+
+    case: str
+    kernel: str
+    arch: int
+    registers: int
+    spill_bytes: int
+    shared_memory: int
+    tensor_core: dict[str, int]
+    occupancy: float
+    problems: tuple[str, ...]
+
+
+def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
+    """(name, whether tensor cores must be used, call on meta tensors) for every kernel variant that is shipped."""
+    from kore_kernels.covariance_update import triton as covariance
+    from kore_kernels.lora_fa_linear import triton as lora
+    from kore_kernels.lora_fa_linears import triton as group
+    from kore_kernels.symmetrize import triton as symmetrize
+
+    n, d = 2048, 4096
+    C = _meta(d, d)
+    mask, weight, alpha = _meta(n, dtype=torch.bool), _meta(n), _meta()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = _meta(n, d, dtype=dtype)
+        yield f"covariance {dtype}", True, lambda x=x: covariance.covariance_update(C, x, None, None, 1.0)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = _meta(n, d, dtype=dtype)
+        yield f"covariance {dtype} mask", True, lambda x=x: covariance.covariance_update(C, x, mask, None, alpha)
+        yield f"covariance {dtype} weight", True, lambda x=x: covariance.covariance_update(C, x, mask, weight, 1.0)
+    yield "symmetrize float32", False, lambda: symmetrize.symmetrize(C)
+    for base, adapter in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+    ):
+        r, d_out = 235, 11008
+        x, g = _meta(n, d, dtype=base), _meta(n, d_out, dtype=base)
+        W, b = _meta(d_out, d, dtype=base), _meta(d_out, dtype=base)
+        A, B, h = _meta(r, d, dtype=adapter), _meta(d_out, r, dtype=adapter), _meta(n, 240, dtype=adapter)
+        name = f"{base} with {adapter} adapter"
+        yield f"lora forward {name}", True, lambda a=(x, W, b, A, B): lora.forward(*a, 1.0)
+        yield f"lora backward {name}", True, lambda a=(g, W, A, B, h): lora.backward(*a, 1.0)
+        if base == adapter == torch.bfloat16:
+            yield "lora backward, x without gradient", True, lambda a=(g, None, None, B, h): lora.backward(*a, 1.0)
+            yield "lora backward, B without gradient", True, lambda a=(g, W, A, B, None): lora.backward(*a, 1.0)
+            U, Rs = _meta(d, r, dtype=adapter), [_meta(r, r, dtype=adapter)] * 2
+            yield "group forward", True, lambda a=(x, [W] * 2, [b] * 2, U, Rs, [B] * 2): group.forward(*a, 1.0)
+            yield "group backward", True, lambda a=([g] * 2, [W] * 2, U, Rs, [B] * 2, h): group.backward(*a, 1.0)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def audit(arch: int, only: str = "") -> list[Row]:
+    """Every kernel that the cases launch on this architecture, each variant once."""
+    import triton
+
+    from kore_kernels import gpu
+
+    rows: dict[str, Row] = {}
+    driver = triton.runtime.driver
+    driver.set_active(_PinnedDriver(arch))
+    try:
+        for case, tensor_core, call in cases():
+            if only in case:
+                compiled: list[tuple[str, Any]] = []
+
+                def compile_only(kernel: Any, grid: tuple[int], *arguments: Any, into=compiled, **options: Any) -> None:
+                    into.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
+
+                with mock.patch.object(gpu, "_run", compile_only):
+                    call()
+                for name, kernel in compiled:
+                    if kernel.hash not in rows:
+                        rows[kernel.hash] = _inspect(case, name, arch, kernel, tensor_core)
+    finally:
+        with contextlib.suppress(RuntimeError):  # no GPU, so no driver to go back to
+            driver.reset_active()
+    return list(rows.values())
+
+
+class _PinnedDriver:
+    """Stands in for a GPU: it names the target and has nothing to run on."""
+
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.arch, self.target = arch, GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def _inspect(case: str, name: str, arch: int, kernel: Any, tensor_core: bool) -> Row:
+    from kore_kernels import gpu
+
+    registers, spill_bytes = _resources(kernel.asm["cubin"])
+    shared_memory = kernel.metadata.shared
+    counts: dict[str, int] = {}
+    for instruction in re.findall(TENSOR_CORE, kernel.asm["ptx"]):
+        counts[instruction] = counts.get(instruction, 0) + 1
+    threads = 32 * kernel.metadata.num_warps
+    resident = min(
+        THREADS_PER_SM // threads,
+        REGISTERS_PER_SM // (max(registers, 1) * threads),
+        SHARED_MEMORY_PER_SM[arch] // (shared_memory + 1024),
+    )
+    problems = []
+    if spill_bytes:
+        problems.append(f"spills {spill_bytes} bytes")
+    if shared_memory > gpu.SHARED_MEMORY[arch]:
+        problems.append(f"needs {shared_memory} bytes of shared memory, {gpu.SHARED_MEMORY[arch]} exist")
+    if tensor_core and not counts:
+        problems.append("no tensor-core instruction")
+    occupancy = resident * threads / THREADS_PER_SM
+    return Row(case, name, arch, registers, spill_bytes, shared_memory, counts, occupancy, tuple(problems))
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack and local memory), read from the compiled code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    rows = [row for arch in options.arch for row in audit(arch, options.only)]
+    print(f"{'sm':>4} {'kernel':<15} {'regs':>4} {'spill':>5} {'smem':>7} {'occ':>4}  tensor cores; case")
+    for row in rows:
+        cores = " ".join(f"{name}x{count}" for name, count in row.tensor_core.items()) or "-"
+        print(
+            f"{row.arch:>4} {row.kernel:<15} {row.registers:>4} {row.spill_bytes:>5} {row.shared_memory:>7} "
+            f"{row.occupancy:>4.0%}  {cores}; {row.case}{''.join(f'  ** {p}' for p in row.problems)}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    failed = sum(bool(row.problems) for row in rows)
+    print(f"{len(rows)} kernels, {failed} with problems")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
