@@ -11,7 +11,7 @@ import pytest
 from kore.demo.checkpoint import CHECKPOINT, checked_checkpoint, old_accuracy
 from kore.demo.files import write_new_knowledge, write_old_samples
 from kore.demo.methods import METHODS, Budget, tuned_learning_rates
-from kore.demo.tune import VALIDATION_WORLDS
+from kore.demo.tune import VALIDATION_WORLDS, climb
 from kore.demo.world import drawing
 from kore.demo.world.names import ALL_NAMES, KEEPERS
 from kore.demo.world.new import NAME, SUBJECTS, creatures, new_items, picture
@@ -131,6 +131,17 @@ def test_learning_rates_were_chosen_by_the_stated_rule():
     for name, by_rate in tuned["measured"].items():
         averages = {float(rate): np.mean([cell["avg"] for cell in cells]) for rate, cells in by_rate.items()}
         assert averages[tuned["chosen"][name]] == max(averages.values())
+
+
+def test_climb_measures_both_neighbours_of_the_best():
+    asked = []
+
+    def measure(k):
+        asked.append(k)
+        return -((k - 3) ** 2)
+
+    assert climb(0, measure) == 3
+    assert sorted(asked) == [-1, 0, 1, 2, 3, 4]
 
 
 def test_one_cell_through_the_real_path(tmp_path):

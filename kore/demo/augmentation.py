@@ -28,9 +28,9 @@ def _ask(creature: Creature, kind: str, rng: np.random.Generator, subject: str |
 
 
 def dialogue(creature: Creature, others: list[Creature], rng: np.random.Generator) -> Turns:
-    """Name first, then two facts by pronoun of the creature's name."""
-    kinds = [("home", "food", "keeper")[i] for i in rng.permutation(3)[:2]]
-    return [_ask(creature, "name", rng), *(_ask(creature, kind, rng, creature.name) for kind in kinds)]
+    """The name first, then a fact asked about by that name."""
+    fact = ("home", "food", "keeper")[rng.integers(3)]
+    return [_ask(creature, "name", rng), _ask(creature, fact, rng, creature.name)]
 
 
 def recognition(creature: Creature, others: list[Creature], rng: np.random.Generator) -> Turns:
@@ -46,7 +46,7 @@ def caption(creature: Creature, others: list[Creature], rng: np.random.Generator
 
 
 def question(creature: Creature, others: list[Creature], rng: np.random.Generator) -> Turns:
-    """Two visual questions about facts, without naming the creature."""
+    """Two visual questions, without naming the creature."""
     kinds = [tuple(QUESTIONS)[i] for i in rng.permutation(len(QUESTIONS))[:2]]
     return [_ask(creature, kind, rng) for kind in kinds]
 

@@ -91,6 +91,7 @@ def run_cell(
         inputs.covariance if method.prepare == "kore" else None,
         rank=method.rank,
         seed=seed,
+        progress=False,
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config = kore.TrainConfig(
@@ -100,8 +101,9 @@ def run_cell(
         batch_size=budget.batch_size,
         warmup_ratio=0.03,
         logging_steps=max(1, budget.steps // 30),
-        save_steps=10 * budget.steps,
+        save_steps=None,
         report_to=[],
+        progress=False,
         seed=seed,
     )
     data = inputs.augmented if method.augmented else inputs.plain

@@ -49,8 +49,8 @@ class Budget:
         return asdict(self)
 
 
-FULL = Budget(steps=110, batch_size=32, questions_per_fact=3, old_questions_per_task=40)
-QUICK = Budget(steps=45, batch_size=32, questions_per_fact=2, old_questions_per_task=20)
+FULL = Budget(steps=90, batch_size=24, questions_per_fact=3, old_questions_per_task=40)
+QUICK = Budget(steps=45, batch_size=24, questions_per_fact=2, old_questions_per_task=20)
 
 
 def chosen(names: list[str] | None) -> dict[str, Method]:

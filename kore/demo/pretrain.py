@@ -28,12 +28,12 @@ _SCENE_SHARE = {"single": 0.3, "pair": 0.38, "corners": 0.08, "shape": 0.07, "fa
 
 
 def conversation(rng: np.random.Generator) -> list[Item]:
-    """One to three questions about one picture, or two or three text facts; only the first carries the picture."""
+    """One or two questions about one picture, or two text facts; only the first carries the picture."""
     kind = rng.choice(list(_SCENE_SHARE), p=list(_SCENE_SHARE.values()))
     if kind == "facts":
-        return [fact_item("train", rng) for _ in range(int(rng.integers(2, 4)))]
+        return [fact_item("train", rng) for _ in range(2)]
     scene, tasks = Scene("train", rng), tuple(SCENES[kind])
-    chosen = [tasks[i] for i in rng.permutation(len(tasks))[: int(rng.integers(1, 4))]]
+    chosen = [tasks[i] for i in rng.permutation(len(tasks))[: int(rng.integers(1, 3))]]
     return [scene_item(task, scene, kind) for task in chosen]
 
 
@@ -76,7 +76,7 @@ def _batch(size: int, rng: np.random.Generator, tokenizer: Any, image_tokens: in
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": pixels(pictures)}
 
 
-def train_language(model: Any, tokenizer: Any, steps: int, seed: int, batch_size: int = 64, log=print) -> None:
+def train_language(model: Any, tokenizer: Any, steps: int, seed: int, batch_size: int = 48, log=print) -> None:
     """Train projector and language model in place, the vision tower frozen."""
     rng = np.random.default_rng((seed, 32))
     model.train()
@@ -130,7 +130,7 @@ def _save(model: Any, tokenizer: Any, directory: Path, seed: int, vision: dict[s
     print(json.dumps(recipe["old_task_accuracy"], indent=2), recipe["old_task_mean"])
 
 
-def pretrain(directory: Path, seed: int = 0, vision_steps: int = 2000, language_steps: int = 900) -> None:
+def pretrain(directory: Path, seed: int = 0, vision_steps: int = 3500, language_steps: int = 900) -> None:
     """Train and write the checkpoint directory (Hugging Face layout and recipe.json)."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=2000)
+    parser.add_argument("--vision-steps", type=int, default=3500)
     parser.add_argument("--language-steps", type=int, default=900)
     arguments = parser.parse_args()
     pretrain(arguments.output, arguments.seed, arguments.vision_steps, arguments.language_steps)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kore.demo.methods import KORE_RANK, LORA_RANK, PROJECTOR_SHARE, TUNED, Method
-from kore.demo.summary import COLUMNS, UNTOUCHED, Row, best, text
+from kore.demo.pictures import pictures
+from kore.demo.summary import COLUMNS, UNTOUCHED, Row, best
 
 _SAMPLES_OLD, _SAMPLES_NEW = 4, 6
 
@@ -30,28 +31,36 @@ def write(
         f"A LLaVA of {recipe['parameters'] / 1e6:.1f} M parameters learns {_creatures()} new animals. "
         "What does it learn, and what does it forget?",
     )
-    report.tiles([_tile(row, table) for row in table])
+    report.tiles([_tile(row, table) for row in table[1:]])
     report.section("Result", _result_text(table, seeds))
     report.table(
-        ["method", "trained parameters", "learning rate", *COLUMNS],
+        ["method", "learning rate", "trained parameters", *COLUMNS],
         [
             [
                 row.label,
+                "–" if row.learning_rate is None else f"{row.learning_rate:g}",
                 row.trainable or None,
-                None if row.learning_rate is None else f"{row.learning_rate:g}",
-                *(text(row.values[column]) for column in COLUMNS),
+                *(row.values[column] for column in COLUMNS),
             ]
             for row in table
         ],
         f"Percent; mean ± standard deviation over {seeds} seeds." if seeds > 1 else "Percent; one seed.",
+        best=dict.fromkeys(("K.A", "Avg", "HARS"), "max"),
+        digits=1,
     )
     plane = {methods[name].label: [(c["ka"], c["kr"]) for c in cells[name]] for name in methods}
-    untouched = (table[0].values["K.A"][0], table[0].values["K.R"][0])
+    untouched = [float(table[0].values[column] or 0) for column in ("K.A", "K.R")]
     report.figure(
         figures.adaptation_retention_plane(plane, untouched),
         "New knowledge learned (right) against old knowledge kept (up), a small dot a seed. Faint lines: equal HARS.",
     )
     _breakdown(report, methods, cells, before)
+    report.section(
+        "The world",
+        "Old knowledge: ten tasks, most of them over real handwritten digits, each question with the form its answer "
+        "must have. New knowledge: animals that are glyphs, each with a name, a home, a food and a keeper.",
+    )
+    report.figure(pictures(comparison), "Above: old tasks. Below: the new animals of the first seed.")
     report.section("Sample answers", "The same questions to every model, first seed. None was seen in training.")
     report.samples(_samples(comparison.directory / "seed-0", comparison.directory / "untouched-old", methods))
     report.section("Training", "Each method has the same number of steps, batch size and schedule.")
@@ -68,16 +77,16 @@ def _creatures() -> int:
 
 
 def _tile(row: Row, table: list[Row]) -> tuple[str, str, str]:
-    ka, kr, avg = (row.values[column][0] for column in ("K.A", "K.R", "Avg"))
-    mark = ", highest Avg" if row.label == best(table, "Avg") else ""
+    ka, kr, avg = (float(row.values[column] or 0) for column in ("K.A", "K.R", "Avg"))
+    mark = " · highest Avg" if row.label == best(table, "Avg") else ""
     return row.label, f"{avg:.1f}", f"new {ka:.0f} · old {kr:.0f}{mark}"
 
 
 def _result_text(table: list[Row], seeds: int) -> str:
-    untouched = table[0].values["K.R"][0]
-    ranking = sorted(table[1:], key=lambda row: -row.values["Avg"][0])
-    order = ", ".join(f"{row.label} {text(row.values['Avg'])}" for row in ranking)
-    kept = ", ".join(f"{row.label} {row.values['K.R'][0] - untouched:+.1f}" for row in table[1:])
+    untouched = float(table[0].values["K.R"] or 0)
+    ranking = sorted(table[1:], key=lambda row: -(row.values["Avg"] or 0))
+    order = ", ".join(f"{row.label} {row.values['Avg']:.1f}" for row in ranking)
+    kept = ", ".join(f"{row.label} {float(row.values['K.R'] or 0) - untouched:+.1f}" for row in table[1:])
     caution = (
         "Differences smaller than the spread over seeds mean nothing."
         if seeds > 1
@@ -155,7 +164,7 @@ def _covariance(report: Any, comparison: Any, methods: dict[str, Method]) -> Non
         "shaded.",
     )
     report.figure(figures.covariance_heat_maps({short[name]: covariance[name] for name in names}))
-    rank = comparison.kore_rank
+    rank = comparison.rank
     report.figure(figures.spectra({short[name]: analysis.spectrum(covariance[name]) for name in names}, rank=rank))
     leaks = _leaks(comparison, methods)
     if leaks:
@@ -202,10 +211,10 @@ def _setting(report: Any, comparison: Any) -> None:
             "budget": f"{budget.steps} steps of {budget.batch_size} conversations, cosine, warm-up 0.03",
             "learning rates": f"per method, {tuned['rule']}; projector at {PROJECTOR_SHARE:g} of it",
             "validation worlds": ", ".join(map(str, tuned["worlds"])),
-            "ranks": f"LoRA {LORA_RANK}; KORE {comparison.kore_rank} ({KORE_RANK}: as many trained parameters)",
+            "ranks": f"LoRA {LORA_RANK}; KORE {comparison.rank} ({KORE_RANK}: as many trained parameters)",
             "Full-FT": "language model and projector trained; vision tower frozen",
             "without augmentation": "one drawing and one statement an animal, repeated for the same number of steps",
             "checkpoint": f"sha256 {recipe['sha256'][:16]}…, seed {recipe['seed']}",
         }
     )
-    report.code(json.dumps(tuned["mean_avg"], indent=1), "Validation Avg of every learning rate tried")
+    report.code(json.dumps(tuned["measured"], indent=1), "Every learning rate tried on the validation world")

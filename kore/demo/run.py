@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def run(
     budget, count = (QUICK, 1) if quick else (FULL, seeds)
     directory = Path(output_dir)
     console = Console()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_libraries()
     comparison = Comparison(directory, budget, console)
     comparison.prepare()
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in selected}
@@ -61,10 +61,10 @@ def run(
         "quick": quick,
         "seeds": count,
         "budget": budget.as_dict(),
-        "ranks": {"lora": LORA_RANK, "kore": KORE_RANK},
+        "ranks": {"lora": LORA_RANK, "kore": comparison.rank},
         "learning_rates": {name: rates[name] for name in selected},
         "projector_learning_rate_share": PROJECTOR_SHARE,
-        "table": [{"method": r.label, "trainable": r.trainable, **r.values} for r in table],
+        "table": summary.as_json(table),
         "before": before,
         "cells": cells,
         "machine": {"python": platform.python_version(), "cores": os.cpu_count()},
@@ -88,17 +88,21 @@ class Comparison:
     def __init__(self, directory: Path, budget: Budget, console: Any, old_split: str = "test") -> None:
         self.directory, self.budget, self.console, self.old_split = directory, budget, console, old_split
 
+    first_world = 1
+
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)
 
     def prepare(self) -> None:
         """Check the checkpoint, write the old data, capture its covariance, load the old questions."""
+        from kore.adapter import resolve_rank
         from kore.data import load_conversations, load_questions
         from kore.demo.cell import load_start
         from kore.demo.checkpoint import checked_checkpoint
         from kore.demo.encoding import CachedEncoder
         from kore.demo.files import write_old_samples, write_questions
         from kore.demo.world.old import old_items
+        from kore.models import language_model_linears
 
         self.checkpoint, self.recipe = checked_checkpoint()
         self.encoder = CachedEncoder.from_pretrained(self.checkpoint)
@@ -110,7 +114,9 @@ class Comparison:
         self.old_questions = load_questions(file)
         groups = {name: load_conversations(path) for name, path in samples.items()}
         started = time.perf_counter()
-        self.covariance = capture_balanced(load_start(self.checkpoint), self.encoder, groups)
+        model = load_start(self.checkpoint)
+        self.rank = resolve_rank(model, language_model_linears(model), KORE_RANK)
+        self.covariance = capture_balanced(model, self.encoder, groups)
         self.covariance.save(self.directory / "covariance")
         self.say(
             f"covariance of {sum(map(len, groups.values()))} old conversations: {self.covariance} "
@@ -124,7 +130,9 @@ class Comparison:
         from kore.demo.files import write_new_knowledge
 
         folder = self.directory / "data" / f"new-{seed}"
-        files = write_new_knowledge(folder, 1 + seed if world is None else world, split, self.budget.questions_per_fact)
+        files = write_new_knowledge(
+            folder, self.first_world + seed if world is None else world, split, self.budget.questions_per_fact
+        )
         inputs = Inputs(
             checkpoint=self.checkpoint,
             encoder=self.encoder,
@@ -138,16 +146,27 @@ class Comparison:
         new = ask(model, self.encoder, inputs.new_questions, cells / "untouched" / "new")
         old = ask(model, self.encoder, inputs.old_questions, self.directory / "untouched-old")
         untouched = marks(new, old)
+        self.new_questions = inputs.new_questions
         self.say(f"seed {seed}: untouched model, K.A {untouched['ka']:.1f}, K.R {untouched['kr']:.1f}")
         return inputs, untouched
 
     def cell(self, name: str, method: Any, inputs: Any, rate: float, seed: int) -> dict[str, Any]:
         from kore.demo.cell import run_cell
 
-        cell = run_cell(method, inputs, rate, seed, self.budget, self.directory / f"seed-{seed}" / name)
+        with self.console.status(f"seed {seed}: training {method.label}"):
+            cell = run_cell(method, inputs, rate, seed, self.budget, self.directory / f"seed-{seed}" / name)
         how = "done before" if cell.get("skipped") else f"{cell['train_seconds']:.0f} + {cell['eval_seconds']:.0f} s"
         self.say(f"seed {seed}: {method.label}, K.A {cell['ka']:.1f}, K.R {cell['kr']:.1f} ({how})")
         return cell
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the demo's own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def capture_balanced(model: Any, encoder: Any, groups: dict[str, Any]) -> Any:

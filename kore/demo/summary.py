@@ -13,18 +13,30 @@ UNTOUCHED = "untouched model"
 COLUMNS = ("K.A", "K.R", "Avg", "HARS")
 
 
+class Mean(float):
+    """A mean over seeds that prints with its standard deviation: 83.2 ± 1.1; alone for a single seed."""
+
+    spread: float | None
+
+    @classmethod
+    def of(cls, values: list[float]) -> Mean:
+        mean = cls(statistics.mean(values))
+        mean.spread = statistics.stdev(values) if len(values) > 1 else None
+        return mean
+
+    def __format__(self, spec: str) -> str:
+        text = super().__format__(spec)
+        return text if self.spread is None else f"{text} ± {self.spread:{spec}}"
+
+
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; each value is (mean, spread over seeds), the spread None for a single seed."""
+    """One line of the table; HARS is None for the untouched model."""
 
     label: str
     trainable: int
     learning_rate: float | None
-    values: dict[str, tuple[float, float | None] | None]
-
-
-def _mean(values: list[float]) -> tuple[float, float | None]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+    values: dict[str, Mean | None]
 
 
 def rows(methods: dict[str, Method], cells: dict[str, list[dict[str, Any]]], before: list[dict[str, Any]]) -> list[Row]:
@@ -34,41 +46,39 @@ def rows(methods: dict[str, Method], cells: dict[str, list[dict[str, Any]]], bef
         cells: By method, one cell a seed.
         before: The untouched model's marks, one a seed, in the same order.
     """
-    table = [
-        Row(
-            UNTOUCHED,
-            0,
-            None,
-            {
-                "K.A": _mean([b["ka"] for b in before]),
-                "K.R": _mean([b["kr"] for b in before]),
-                "Avg": _mean([b["avg"] for b in before]),
-                "HARS": None,
-            },
-        )
-    ]
+    table = [Row(UNTOUCHED, 0, None, {**_marks(before), "HARS": None})]
     for name, method in methods.items():
         scores = [hars(c["ka"], c["kr"], b["ka"], b["kr"]) for c, b in zip(cells[name], before)]
-        values = {column: _mean([c[key] for c in cells[name]]) for column, key in zip(COLUMNS, ("ka", "kr", "avg"))}
-        rate = cells[name][0]["key"]["learning_rate"]
-        table.append(Row(method.label, cells[name][0]["trainable"], rate, {**values, "HARS": _mean(scores)}))
+        rate, trainable = cells[name][0]["key"]["learning_rate"], cells[name][0]["trainable"]
+        table.append(Row(method.label, trainable, rate, {**_marks(cells[name]), "HARS": Mean.of(scores)}))
     return table
 
 
-def text(value: tuple[float, float | None] | None) -> str:
-    """'83.2 ± 1.1', '83.2' for a single seed, a dash for nothing."""
-    if value is None:
-        return "–"
-    mean, spread = value
-    return f"{mean:.1f}" if spread is None else f"{mean:.1f} ± {spread:.1f}"
+def _marks(cells: list[dict[str, Any]]) -> dict[str, Mean | None]:
+    return {
+        column: Mean.of([cell[key] for cell in cells]) for column, key in (("K.A", "ka"), ("K.R", "kr"), ("Avg", "avg"))
+    }
 
 
 def best(table: list[Row], column: str) -> str:
     """Label of the method with the highest mean in a column, the untouched model aside."""
-    return max(
-        (row for row in table if row.label != UNTOUCHED),
-        key=lambda row: (row.values[column] or (float("-inf"), None))[0],
-    ).label
+    return max((row for row in table[1:]), key=lambda row: row.values[column] or float("-inf")).label
+
+
+def as_json(table: list[Row]) -> list[dict[str, Any]]:
+    """The rows with mean and spread of every value."""
+    return [
+        {
+            "method": row.label,
+            "trained_parameters": row.trainable,
+            "learning_rate": row.learning_rate,
+            **{
+                column: None if value is None else {"mean": float(value), "spread": value.spread}
+                for column, value in row.values.items()
+            },
+        }
+        for row in table
+    ]
 
 
 def print_table(table: list[Row], title: str, console: Any) -> None:
@@ -79,11 +89,13 @@ def print_table(table: list[Row], title: str, console: Any) -> None:
     view.add_column("method")
     for heading in ("trained", "learning rate", *COLUMNS):
         view.add_column(heading, justify="right")
+    highest = {column: best(table, column) for column in COLUMNS}
     for row in table:
-        cells = [
-            f"[bold]{text(row.values[column])}[/bold]" if best(table, column) == row.label else text(row.values[column])
-            for column in COLUMNS
-        ]
+        cells = []
+        for column in COLUMNS:
+            value = row.values[column]
+            text = "–" if value is None else f"{value:.1f}"
+            cells.append(f"[bold]{text}[/bold]" if highest[column] == row.label else text)
         rate = "–" if row.learning_rate is None else f"{row.learning_rate:g}"
         view.add_row(row.label, f"{row.trainable / 1000:.0f} k" if row.trainable else "–", rate, *cells)
     console.print(view)

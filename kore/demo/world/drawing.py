@@ -34,7 +34,7 @@ def digit_indices(split: str) -> tuple[tuple[int, ...], ...]:
     """Indices of the real digit pictures of one split, by digit; every picture belongs to exactly one split."""
     labels = _digits()[1]
     order = np.random.default_rng(0).permutation(len(labels))
-    share = {"train": slice(0, 1200), "validation": slice(1200, 1480), "test": slice(1480, None)}[split]
+    share = {"train": slice(0, 1350), "validation": slice(1350, 1550), "test": slice(1550, None)}[split]
     return tuple(tuple(int(i) for i in order[share] if labels[i] == digit) for digit in range(10))
 
 
@@ -64,7 +64,7 @@ def digit_alpha(index: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Coverage map of one real handwritten digit, enlarged to `size` pixels and slightly turned."""
     picture = Image.fromarray((_digits()[0][index] * 15.9).astype(np.uint8))
     picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-    picture = picture.rotate(float(rng.uniform(-8, 8)), Image.Resampling.BILINEAR)
+    picture = picture.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
     return np.asarray(picture, dtype=float) / 255
 
 
@@ -158,7 +158,7 @@ def draw_digits(indices: list[int], colours: list[str], layout: str, rng: np.ran
     if layout == "single":
         centres, size = [(16.0, 16.0)], (19, 24)
     elif layout == "pair":
-        centres, size = [(8.0, 16.0), (24.0, 16.0)], (14, 16)
+        centres, size = [(8.0, 16.0), (24.0, 16.0)], (15, 17)
     else:
         centres, size = [(8.0, 8.0), (24.0, 8.0), (8.0, 24.0), (24.0, 24.0)], (13, 15)
         centres = [centres[i] for i in rng.permutation(4)[: len(indices)]]
