@@ -236,7 +236,7 @@ def test_errors_name_the_source(models: dict, images: tuple, tmp_path: Path) -> 
     thin = tmp_path / "thin.png"
     Image.new("RGB", (300, 1)).save(thin)
     for read in (qwen.encode, qwen.measure):
-        with pytest.raises(DataError, match=r"data.json:5: .*aspect ratio"):
+        with pytest.raises(DataError, match=r"data.json:5: .*(aspect ratio|larger than factor)"):
             read(talk("<image>Q", "A", images=(thin,)))
     with pytest.raises(ModelError, match="no such model directory"):
         Encoder.from_pretrained(tmp_path / "nothing")
@@ -325,3 +325,36 @@ def test_prompt_batches_are_reiterable(models: dict, images: tuple) -> None:
         encoder.encode(question.conversation(), part="prompt")["input_ids"],
         encoder.encode(conversations[0], part="prompt")["input_ids"],
     )
+
+
+@pytest.mark.parametrize("style", ["normalizer", "metaspace"])
+def test_answers_are_found_with_tokenizers_that_mark_words_with_a_space_sign(style: str) -> None:
+    """Both ways in which Llama tokenizers come: spaces turned into a sign before or while words are split."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.tiny import SENTENCES
+
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    if style == "normalizer":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Metaspace()
+    alphabet = sorted(
+        {character for text in (*SENTENCES, "USERASSISTANT:") for character in text} - {" "} | {"▁", "\n"}
+    )
+    special = ["<unk>", "<s>", "</s>", "<image>"]
+    words = [text.replace(" ", "▁") for text in SENTENCES]
+    core.train_from_iterator(
+        words, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, vocab_size=250)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    encoder = Encoder(tokenizer)
+    example = encoder.encode(talk("Who founded Arven?", "Mira Solt.", "Which year?", "The year 1312."))
+    chosen = example["input_ids"][example["labels"] != -100]
+    spoken = "".join(tokenizer.convert_ids_to_tokens(chosen.tolist())).replace("▁", " ")
+    assert spoken == " Mira Solt.</s> The year 1312.</s>"
+    prompt = _prompt(encoder, talk("Who founded Arven?", "Mira Solt."))
+    first = example["labels"].ne(-100).nonzero()[0].item()
+    torch.testing.assert_close(example["input_ids"][:first], prompt)

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 
-def prepared(kind: str, root: Path, method: str = "random-a"):
+def prepared(kind: str, root: Path, method: str = "random-a", dtype: str = "auto"):
     """The tiny model of ``kind`` under ``root``, made trainable, with its encoder."""
     from kore.baselines import prepare_model
     from kore.data import Encoder
     from kore.models import load_model
 
     rank = {} if method == "full" else {"rank": 4}
-    model = prepare_model(load_model(root / kind, device="cpu"), method, progress=False, **rank)
+    model = prepare_model(load_model(root / kind, dtype=dtype, device="cpu"), method, progress=False, **rank)
     return model, Encoder.from_pretrained(root / kind)
 
 

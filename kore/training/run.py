@@ -51,6 +51,13 @@ class TrainResult:
     model_dir: Path | None = None
     bad_rows: tuple[BadRow, ...] = field(default=())
 
+    @property
+    def target(self) -> Path:
+        """The adapter, or the model trained without one."""
+        target = self.adapter_dir or self.model_dir
+        assert target is not None
+        return target
+
 
 def train(
     model: Any,
@@ -98,7 +105,7 @@ def train(
     identity = run_identity(model, encoder, examples.conversations, config, arguments.world_size)
     known = resume and check_identity(output_dir, identity)
     result = _result(model, output_dir, examples.bad_rows)
-    if known and (output_dir / HISTORY).is_file():
+    if known and (output_dir / HISTORY).is_file() and result.target.is_dir():
         logger.info("%s: already trained", output_dir)
         return _reload(result)
     checkpoint = newest_complete(output_dir) if known else None
@@ -151,11 +158,14 @@ def _fit(
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
     if arguments.bf16 and config.master_weights:
         _cast_trained(model, dict.fromkeys(dtypes, torch.float32))
+    try:
+        trainer = KoreTrainer(
+            model=model, config=config, args=arguments, train_dataset=examples, data_collator=encoder.collate
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"training cannot start with this configuration: {error}") from error
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = KoreTrainer(
-        model=model, config=config, args=arguments, train_dataset=examples, data_collator=encoder.collate
-    )
+        _checkpoint_activations(model)
     if checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
     try:
@@ -176,11 +186,20 @@ def _fit(
     if result.model_dir is not None:
         _cast_trained(model, dtypes)
     _save(trainer, encoder, result, history)
+    _cast_trained(model, dtypes)
     trainer.accelerator.free_memory()
     del trainer
     gc.collect()
     model.eval()
     return history
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass; without re-entrance, so frozen inputs need no gradient."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _cast_trained(model: Any, dtypes: Mapping[str, Any]) -> None:
@@ -191,8 +210,7 @@ def _cast_trained(model: Any, dtypes: Mapping[str, Any]) -> None:
 
 def _save(trainer: KoreTrainer, encoder: Encoder, result: TrainResult, history: list[dict[str, Any]]) -> None:
     """Write the result; ``history.json`` comes last and means that the run is finished."""
-    target = result.adapter_dir or result.model_dir
-    assert target is not None
+    target = result.target
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if sharded:
         gathered = result.output_dir / "gathered"

@@ -65,7 +65,9 @@ class KoreTrainer(Trainer):
         self._projector_parameters = [p for name, p in model.named_parameters() if self._in_projector(name, p)]
 
     def _in_projector(self, name: str, parameter: torch.nn.Parameter) -> bool:
-        return parameter.requires_grad and self._projector is not None and f".{self._projector}." in f".{name}"
+        if not parameter.requires_grad or self._projector is None:
+            return False
+        return f".{self._projector}." in f".{name.replace('_fsdp_wrapped_module.', '')}"
 
     @property
     def _sharded(self) -> bool:
