@@ -59,11 +59,15 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     mask, weight, alpha = _meta(n, dtype=torch.bool), _meta(n), _meta()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = _meta(n, d, dtype=dtype)
-        yield f"covariance {dtype}", True, lambda x=x: covariance.covariance_update(C, x, None, None, 1.0)
+        yield f"covariance {_name(dtype)}", True, lambda x=x: covariance.covariance_update(C, x, None, None, 1.0)
     for dtype in (torch.bfloat16, torch.float32):
         x = _meta(n, d, dtype=dtype)
-        yield f"covariance {dtype} mask", True, lambda x=x: covariance.covariance_update(C, x, mask, None, alpha)
-        yield f"covariance {dtype} weight", True, lambda x=x: covariance.covariance_update(C, x, mask, weight, 1.0)
+        yield f"covariance {_name(dtype)} mask", True, lambda x=x: covariance.covariance_update(C, x, mask, None, alpha)
+        yield (
+            f"covariance {_name(dtype)} weight",
+            True,
+            lambda x=x: covariance.covariance_update(C, x, mask, weight, 1.0),
+        )
     yield "symmetrize float32", False, lambda: symmetrize.symmetrize(C)
     for base, adapter in (
         (torch.bfloat16, torch.bfloat16),
@@ -75,7 +79,7 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
         x, g = _meta(n, d, dtype=base), _meta(n, d_out, dtype=base)
         W, b = _meta(d_out, d, dtype=base), _meta(d_out, dtype=base)
         A, B, h = _meta(r, d, dtype=adapter), _meta(d_out, r, dtype=adapter), _meta(n, 240, dtype=adapter)
-        name = f"{base} with {adapter} adapter"
+        name = f"{_name(base)} with {_name(adapter)} adapter"
         yield f"lora forward {name}", True, lambda a=(x, W, b, A, B): lora.forward(*a, 1.0)
         yield f"lora backward {name}", True, lambda a=(g, W, A, B, h): lora.backward(*a, 1.0)
         if base == adapter == torch.bfloat16:
@@ -86,36 +90,55 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
             yield "group backward", True, lambda a=([g] * 2, [W] * 2, U, Rs, [B] * 2, h): group.backward(*a, 1.0)
 
 
+def architectures() -> tuple[int, ...]:
+    """Those that the installed Triton can compile for: sm_100 came with 3.3."""
+    import triton
+
+    major, minor = map(int, triton.__version__.split(".")[:2])
+    return ARCHITECTURES if (major, minor) >= (3, 3) else ARCHITECTURES[:2]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def audit(arch: int, only: str = "") -> list[Row]:
     """Every kernel that the cases launch on this architecture, each variant once."""
+    rows: dict[str, Row] = {}
+    for case, tensor_core, call in cases():
+        if re.search(only, case):
+            with compiled(arch) as kernels:
+                call()
+            for name, kernel in kernels:
+                if kernel.hash not in rows:
+                    rows[kernel.hash] = _inspect(case, name, arch, kernel, tensor_core)
+    return list(rows.values())
+
+
+@contextlib.contextmanager
+def compiled(arch: int) -> Iterator[list[tuple[str, Any]]]:
+    """Inside, a backend called on meta tensors compiles for ``arch`` what it would launch; yields (name, kernel)."""
     import triton
 
     from kore_kernels import gpu
 
-    rows: dict[str, Row] = {}
+    kernels: list[tuple[str, Any]] = []
+
+    def compile_only(kernel: Any, grid: tuple[int], *arguments: Any, **options: Any) -> None:
+        kernels.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
+
     driver = triton.runtime.driver
     driver.set_active(_PinnedDriver(arch))
     try:
-        for case, tensor_core, call in cases():
-            if only in case:
-                compiled: list[tuple[str, Any]] = []
-
-                def compile_only(kernel: Any, grid: tuple[int], *arguments: Any, into=compiled, **options: Any) -> None:
-                    into.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
-
-                with mock.patch.object(gpu, "_run", compile_only):
-                    call()
-                for name, kernel in compiled:
-                    if kernel.hash not in rows:
-                        rows[kernel.hash] = _inspect(case, name, arch, kernel, tensor_core)
+        with mock.patch.object(gpu, "_run", compile_only):
+            yield kernels
     finally:
-        with contextlib.suppress(RuntimeError):  # no GPU, so no driver to go back to
+        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
             driver.reset_active()
-    return list(rows.values())
 
 
 class _PinnedDriver:
@@ -176,13 +199,13 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--arch", type=int, nargs="*", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--only", default="", help="regular expression: the cases to audit")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
-    rows = [row for arch in options.arch for row in audit(arch, options.only)]
+    rows = [row for arch in options.arch or architectures() for row in audit(arch, options.only)]
     print(f"{'sm':>4} {'kernel':<15} {'regs':>4} {'spill':>5} {'smem':>7} {'occ':>4}  tensor cores; case")
     for row in rows:
         cores = " ".join(f"{name}x{count}" for name, count in row.tensor_core.items()) or "-"

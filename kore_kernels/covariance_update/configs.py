@@ -30,14 +30,14 @@ class NativeConfig:
 
 # Two-byte inputs without weights multiply as they are.
 HALF: dict[int | str, TritonConfig] = {
-    "interpreter": TritonConfig(32, 32, 4, 1),
+    "interpreter": TritonConfig(64, 64, 4, 1),
     80: TritonConfig(128, 32, 8, 3),
     90: TritonConfig(128, 64, 8, 4),
     100: TritonConfig(128, 64, 8, 4),
 }
 # float32 tiles: three TF32 products for one of float32 grade.
 SINGLE: dict[int | str, TritonConfig] = {
-    "interpreter": TritonConfig(32, 32, 4, 1),
+    "interpreter": TritonConfig(64, 64, 4, 1),
     80: TritonConfig(64, 32, 4, 3),
     90: TritonConfig(64, 32, 4, 3),
     100: TritonConfig(64, 32, 4, 3),

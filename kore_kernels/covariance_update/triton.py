@@ -25,7 +25,7 @@ def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor 
     tiles = triton.cdiv(d, config.block)
     on_device = isinstance(alpha, Tensor)
     gpu.launch(
-        _kernel,
+        _covariance,
         tiles * (tiles + 1) // 2,
         C,
         C,
@@ -50,7 +50,7 @@ def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor 
 
 
 @triton.jit(do_not_specialize=["n_rows", "tiles"])
-def _kernel(
+def _covariance(
     C,
     X,
     MASK,

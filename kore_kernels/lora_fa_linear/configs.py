@@ -18,21 +18,21 @@ class TritonConfig:
 
 # Two-byte products as wide as the layer: y and dx.
 HALF: dict[int | str, TritonConfig] = {
-    "interpreter": TritonConfig(32, 32, 32, 4, 1),
+    "interpreter": TritonConfig(64, 64, 64, 4, 1),
     80: TritonConfig(128, 128, 32, 8, 3),
     90: TritonConfig(128, 256, 64, 8, 3),
     100: TritonConfig(128, 128, 64, 8, 4),
 }
 # Products of float32 tiles: three TF32 products for one of float32 grade.
 SINGLE: dict[int | str, TritonConfig] = {
-    "interpreter": TritonConfig(32, 32, 32, 4, 1),
+    "interpreter": TritonConfig(64, 64, 64, 4, 1),
     80: TritonConfig(64, 64, 32, 4, 3),
     90: TritonConfig(64, 64, 32, 4, 3),
     100: TritonConfig(64, 64, 32, 4, 3),
 }
 # Two-byte products whose result is only as wide as the rank: h, gB and dB.
 NARROW_HALF: dict[int | str, TritonConfig] = {
-    "interpreter": TritonConfig(32, 32, 32, 4, 1),
+    "interpreter": TritonConfig(64, 64, 64, 4, 1),
     80: TritonConfig(128, 64, 32, 8, 3),
     90: TritonConfig(128, 128, 64, 8, 3),
     100: TritonConfig(128, 128, 64, 8, 3),

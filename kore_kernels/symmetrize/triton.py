@@ -16,11 +16,11 @@ def symmetrize(C: Tensor) -> None:
     d = C.shape[0]
     tiles = triton.cdiv(d, config.block)
     programs = tiles * (tiles + 1) // 2
-    gpu.launch(_kernel, programs, C, C, d, tiles, BLOCK=config.block, num_warps=config.num_warps)
+    gpu.launch(_symmetrize, programs, C, C, d, tiles, BLOCK=config.block, num_warps=config.num_warps)
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def _kernel(C, d, tiles, BLOCK: tl.constexpr):
+def _symmetrize(C, d, tiles, BLOCK: tl.constexpr):
     tile_i, tile_j = lower_tile(tl.program_id(0), tiles)
     i = (tile_i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     j = (tile_j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)

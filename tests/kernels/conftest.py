@@ -20,6 +20,14 @@ def backend(request, monkeypatch) -> str:
     return request.param
 
 
+def pytest_collection_modifyitems(config, items):
+    """In the interpreter, only what the backend can change, and the tests of the Triton code itself."""
+    if INTERPRETER:
+        kept = [item for item in items if "backend" in item.fixturenames or item.path.stem == "test_interpreter"]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """torch.empty returns NaN, so that reading it shows."""

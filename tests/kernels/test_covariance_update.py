@@ -136,7 +136,6 @@ def test_inference_mode(backend):
     check(torch.zeros(6, 6), x)
 
 
-@pytest.mark.skipif(INTERPRETER, reason="about the CPU path")
 class TestNative:
     def test_without_scipy(self, monkeypatch):
         monkeypatch.setenv("KORE_BACKEND", "native")
@@ -226,7 +225,6 @@ def test_bad_input_names_the_argument_and_leaves_C(arguments, error, message):
     assert before is None or torch.equal(C, before)
 
 
-@pytest.mark.skipif(INTERPRETER, reason="registration does not depend on the backend")
 def test_opcheck():
     op = torch.ops.kore.covariance_update_.default
     x, mask, weight = torch.randn(9, 5), torch.rand(9) > 0.5, torch.rand(9)
@@ -234,7 +232,6 @@ def test_opcheck():
     torch.library.opcheck(op, (torch.zeros(5, 5), x, mask, weight, 1.0, torch.tensor(0.5)))
 
 
-@pytest.mark.skipif(INTERPRETER, reason="registration does not depend on the backend")
 def test_compiles_into_one_graph():
     def update(C, x, mask):
         kk.covariance_update_(C, 2 * x, mask=mask, alpha=0.5)

@@ -12,9 +12,6 @@ import torch
 import kore_kernels as kk
 from kore_kernels import dispatch
 
-from .conftest import INTERPRETER
-
-pytestmark = pytest.mark.skipif(INTERPRETER, reason="about an ordinary process")
 CPU = torch.device("cpu")
 
 

@@ -179,7 +179,6 @@ def test_autocast_casts_as_linear_does(backend, model):
     assert x.grad.dtype == model and B.grad.dtype == F32
 
 
-@pytest.mark.skipif(INTERPRETER, reason="registration does not depend on the backend")
 class TestRegistration:
     @pytest.mark.parametrize("grads", [(True, True), (True, False), (False, True), (False, False)])
     def test_opcheck(self, grads):

@@ -131,7 +131,6 @@ def test_gradcheck(backend):
         assert torch.autograd.gradcheck(lambda x, *Bs, f=function: tuple(f(x, weights, biases, U, Rs, Bs, 0.7)), inputs)
 
 
-@pytest.mark.skipif(INTERPRETER, reason="registration does not depend on the backend")
 def test_opcheck():
     x, weights, _, U, Rs, Bs = group(6, 5, (7, 4), 3)
     x.requires_grad_()
@@ -140,7 +139,6 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.kore.lora_fa_linears.default, arguments)
 
 
-@pytest.mark.skipif(INTERPRETER, reason="registration does not depend on the backend")
 def test_compiles_into_one_graph():
     x, weights, biases, U, Rs, Bs = group(6, 5, (7, 4), 3)
     Bs = [B.requires_grad_() for B in Bs]
