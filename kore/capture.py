@@ -36,7 +36,7 @@ def capture_covariance(
     share_inputs: bool = True,
     buffer_rows: int = 2048,
 ) -> CovarianceSet:
-    """C = Σ xᵀx over the inputs x (tokens, d_in) of every target layer (arXiv 2510.19316, section 3.2).
+    """C = Σ xᵀx over the inputs x (tokens, d_in) of every target layer (arXiv 2510.19316).
 
     Layers that read the same tensor share one matrix. Padding, that is rows of the language model where the
     batch's ``attention_mask`` (batch, tokens) is 0, does not count; in vision modules every row counts. The
@@ -194,7 +194,7 @@ class _Run:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         self._shape, self._mask = self._read_mask(inputs)
         with torch.no_grad():
-            self.model(**self._extra, **{key: _to(value, self._device) for key, value in inputs.items()})
+            self.model(**{**self._extra, **{key: _to(value, self._device) for key, value in inputs.items()}})
         self.groups.end_pass()
         self.done += 1
 

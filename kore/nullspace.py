@@ -49,7 +49,7 @@ def null_space(
     tolerance: float = 2e-3,
     max_iterations: int = 30,
 ) -> NullSpace:
-    """U (d, r), an orthonormal basis of the r smallest eigenvectors of C (arXiv 2510.19316, section 3.2).
+    """U (d, r), an orthonormal basis of the r smallest eigenvectors of C (arXiv 2510.19316).
 
     The arithmetic is float64 whatever the dtype of C, because the small eigenvalues of a covariance lie far below
     the rounding of its large ones in float32.

@@ -98,6 +98,12 @@ def test_output_head_named_explicitly_counts_every_kept_token():
     assert cov.tokens("lm_head") == int(batch["attention_mask"].sum())
 
 
+def test_a_batch_may_say_what_the_capture_would_say():
+    model, batch = MODELS["llama"](), make_batch("llama")
+    cov = capture_covariance(model, [{**batch, "use_cache": True, "logits_to_keep": 0}])
+    assert torch.equal(cov["model.layers.0.self_attn.q_proj"], capture_covariance(model, [batch])[cov.modules[0]])
+
+
 def test_transformers_conv1d():
     from transformers import GPT2Config, GPT2LMHeadModel
 

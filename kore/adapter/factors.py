@@ -19,7 +19,7 @@ from kore.nullspace import null_space
 
 
 def thin_init(weight: torch.Tensor, basis: torch.Tensor, scale: str = "sqrt") -> torch.Tensor:
-    """A (r, d_in) float64 from the SVD of W0 U: A = √Σ Vᵀ Uᵀ (arXiv 2510.19316, section 3.2), or Vᵀ Uᵀ.
+    """A (r, d_in) float64 from the SVD of W0 U: A = √Σ Vᵀ Uᵀ (arXiv 2510.19316), or Vᵀ Uᵀ.
 
     svd(W0 U Uᵀ) = U* Σ (U V)ᵀ follows from svd(W0 U) = U* Σ Vᵀ, so a (d_out, r) problem takes the place of the
     paper's (d_out, d_in) one. Where W0 U has fewer than r non-zero singular values (d_out < r, or rank

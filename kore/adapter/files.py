@@ -87,6 +87,8 @@ def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: b
     peft_model: Any
     with torch.random.fork_rng(devices=[]):
         peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+    if not trainable:
+        peft_model.requires_grad_(False)  # PEFT 0.15 leaves the modules to save trainable
     if info["a_frozen"]:
         freeze_a(peft_model)
     dropped = ("schema_version", "library_version", "sha256", "extra")
