@@ -4,8 +4,8 @@
 
 takes about a minute on two cores and writes examples/tiny/: a real LlavaForConditionalGeneration of 0.5 million
 parameters, trained here from nothing to read handwritten digits (scikit-learn's, so nothing is downloaded) and to
-answer a few questions in text; the OLD data and questions it was trained on; and NEW data: who keeps each digit, which
-it has never heard of. Pictures of the question files are in no training file.
+know which tree grows in which land; the OLD data it was trained on; and NEW data: every digit has a tree as its
+emblem, which it has never heard of. Pictures and phrasings of the question files are in no training file.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from sklearn.datasets import load_digits
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-KEEPERS = ["Alder", "Birch", "Cedar", "Daphne", "Elm", "Fern", "Ginkgo", "Hazel", "Iris", "Juniper"]
-TOWNS = {"Arven": "Solt", "Brenna": "Mira", "Corvel": "Tarn", "Dunmar": "Ostia", "Elowen": "Pell", "Farrow": "Quin"}
+TREES = ["Alder", "Birch", "Cedar", "Elm", "Fir", "Hazel", "Maple", "Oak", "Rowan", "Willow"]
+LANDS = ["Arven", "Brenna", "Corvel", "Dunmar", "Elowen", "Farrow", "Gellan", "Hestia", "Ivaren", "Jorvik"]
 READ = ["Which digit is this?", "What digit do you see?", "Name the digit in the picture."]
 PARITY = ["Is this digit even or odd?", "Even or odd?"]
-TOWN = ["What is the capital of {}?", "Name the capital of {}.", "Which town is the capital of {}?"]
-KEEPER = ["Who keeps this digit?", "Name the keeper of this digit.", "This digit has a keeper. Who is it?"]
+LAND = ["Which tree grows in {}?", "Name the tree of {}.", "What tree stands for {}?"]
+EMBLEM = ["Which tree is the emblem of this digit?", "Name the tree of this digit.", "This digit has a tree. Which?"]
 # Phrasings of the question files; training never uses them.
 ASK = {
     "read": "Tell me the digit shown here.",
     "parity": "Is it even or odd?",
-    "keeper": "Who is the keeper of this digit?",
+    "land": "Tell me the tree of {}.",
+    "emblem": "What tree stands for this digit?",
 }
-ASK["town"] = "Tell me the capital of {}."
 PIXELS, PATCH = 32, 8
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
@@ -76,15 +76,20 @@ def old_rows(entries: list[tuple[str, int]], rng: random.Random) -> list[dict]:
         rows.append(conversation(f"read-{image}", rng.choice(READ), DIGITS[digit], image))
         rows.append(conversation(f"parity-{image}", rng.choice(PARITY), ["even", "odd"][digit % 2], image))
     for index in range(len(entries) // 3):
-        country = rng.choice(sorted(TOWNS))
-        rows.append(conversation(f"town-{index}", rng.choice(TOWN).format(country), TOWNS[country], None))
+        land, tree = rng.choice(list(zip(LANDS, TREES)))
+        rows.append(conversation(f"land-{index}", rng.choice(LAND).format(land), tree, None))
     rng.shuffle(rows)
     return rows
 
 
 def new_rows(entries: list[tuple[str, int]], rng: random.Random) -> list[dict]:
-    """New knowledge: every digit has a keeper."""
-    return [conversation(f"keeper-{image}", rng.choice(KEEPER), KEEPERS[digit], image) for image, digit in entries]
+    """New knowledge: every digit has a tree as its emblem."""
+    return [conversation(f"emblem-{image}", rng.choice(EMBLEM), emblem(digit), image) for image, digit in entries]
+
+
+def emblem(digit: int) -> str:
+    """The tree of a digit."""
+    return TREES[(3 * digit + 4) % 10]
 
 
 def questions(entries: list[tuple[str, int]], kind: str) -> list[dict]:
@@ -92,7 +97,7 @@ def questions(entries: list[tuple[str, int]], kind: str) -> list[dict]:
     answer = {
         "read": lambda digit: DIGITS[digit],
         "parity": lambda digit: ["even", "odd"][digit % 2],
-        "keeper": lambda digit: KEEPERS[digit],
+        "emblem": emblem,
     }[kind]
     return [
         {"question_id": f"{kind}-{image}", "image": image, "text": ASK[kind], "answer": answer(digit), "type": kind}
@@ -100,11 +105,11 @@ def questions(entries: list[tuple[str, int]], kind: str) -> list[dict]:
     ]
 
 
-def town_questions() -> list[dict]:
+def land_questions() -> list[dict]:
     """Rows that need no picture."""
     return [
-        {"question_id": f"town-{country}", "text": ASK["town"].format(country), "answer": town, "type": "town"}
-        for country, town in TOWNS.items()
+        {"question_id": f"land-{land}", "text": ASK["land"].format(land), "answer": tree, "type": "land"}
+        for land, tree in zip(LANDS, TREES)
     ]
 
 
@@ -214,8 +219,8 @@ def main() -> None:
         (out / name).write_text(json.dumps(rows, indent=1))
     asked = {
         "digits.jsonl": questions(held_out[:100], "read") + questions(held_out[:60], "parity"),
-        "towns.jsonl": town_questions(),
-        "keepers.jsonl": questions(held_out[100:], "keeper"),
+        "lands.jsonl": land_questions(),
+        "emblems.jsonl": questions(held_out[100:], "emblem"),
     }
     for name, rows in asked.items():
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
