@@ -38,10 +38,19 @@ def worker(root: Path, output: Path, processes: int = 1, method: str = "random-a
     if processes > 1:
         arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    if done.returncode > 0:
-        raise AssertionError(done.stderr[-4000:])
-    return done.returncode
+    command = [sys.executable, *arguments]
+    # A session of its own, so that a run that hangs is ended with all its processes.
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"{command} hangs") from None
+    if process.returncode > 0:
+        raise AssertionError(errors[-4000:])
+    return process.returncode
 
 
 def here(root: Path, output: Path, method: str = "random-a", **changes):

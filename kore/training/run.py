@@ -187,7 +187,6 @@ def _fit(
         _cast_trained(model, dtypes)
     _save(trainer, encoder, result, history)
     _cast_trained(model, dtypes)
-    trainer.accelerator.free_memory()
     del trainer
     gc.collect()
     model.eval()
