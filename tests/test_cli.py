@@ -222,7 +222,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_result(work, tmp_path, c
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "kore", "run", str(run_config(work, killed))]
     kill_when(command, f"{killed}/covariance/checkpoint*/manifest.json", f"{killed}/covariance/manifest.json")
-    kill_when(command, f"{killed}/adapter-init/stage.json")
+    kill_when(command, f"{killed}/.kore/adapter-init.json")
     kill_when(command, f"{killed}/train/checkpoint-4")
     capsys.readouterr()
     assert main(["run", str(run_config(work, killed))]) == 0

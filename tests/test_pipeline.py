@@ -15,7 +15,7 @@ import yaml
 from kore.errors import ArtifactError, KoreError
 from kore.pipeline.loading import load_config
 from kore.pipeline.run import run_pipeline, stage_names
-from kore.pipeline.stage import RECORD, duration, model_identity, only_one, run_stages
+from kore.pipeline.stage import duration, model_identity, only_one, record_file, run_stages
 from tests.tiny import save_tiny, tiny_conversations
 
 METHODS = {"llava": "kore", "qwen_vl": "kore", "llama": "kore"}
@@ -31,10 +31,6 @@ class Step:
     name: str = "step"
     fails: bool = False
     ran: list[str] = field(default_factory=list)
-
-    @property
-    def record(self):
-        return self.output / RECORD
 
     def inputs(self):
         upstream = {"upstream": (self.reads / "result").read_text()} if self.reads else {}
@@ -94,8 +90,18 @@ def test_a_lost_result_is_made_again(tmp_path):
     go(step)
     (tmp_path / "a" / "result").unlink()
     assert go(step)[0][2] == "again, its result is gone"
-    (tmp_path / "a" / RECORD).write_text("{broken")
-    assert go(step)[-1][1] == "done"
+    record_file(step.output).write_text("{broken")
+    with pytest.raises(ArtifactError, match="no record of how it was made"):
+        go(step)
+
+
+def test_a_directory_that_no_stage_made_is_never_replaced(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "precious").touch()
+    step = Step(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="delete it or choose another output"):
+        go(step)
+    assert (tmp_path / "a" / "precious").exists() and not step.ran
 
 
 def test_later_stages_follow_a_changed_result_and_only_then(tmp_path):

@@ -15,14 +15,14 @@ def demo(
         "kore-demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer methods and seeds: at most 90 seconds.")] = False,
-    seeds: Annotated[int | None, typer.Option(help="Fine-tuning seeds per method.", min=1)] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds per method; --quick has one.", min=1)] = 2,
     methods: Annotated[str | None, typer.Option(help="Only these methods, separated by commas.")] = None,
 ) -> None:
     """Compare KORE with its rivals on a small real model; no downloads, a few minutes on a CPU.
 
     Example: `kore demo --quick`
     """
-    from kore.demo import run as run_demo
+    from kore.demo.run import run as run_demo
 
     chosen = [name.strip() for name in methods.split(",")] if methods else None
     run_demo(output, quick=quick, seeds=seeds, methods=chosen)

@@ -186,7 +186,7 @@ def _run(stage: Any, model: Any) -> None:
     from kore.pipeline.stage import only_one, run_stages
     from kore.pipeline.workbench import Workbench
 
-    with only_one(stage.output.parent):
+    with only_one(stage.output):
         run_stages([stage], Workbench(model, console.interactive()), console.stage)
     console.say(f"result: {stage.output}")
 

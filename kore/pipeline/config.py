@@ -65,6 +65,8 @@ class CaptureSection(Section):
     batch_size: int = Field(default=4, ge=1)
     checkpoint_every: int = Field(default=16, ge=1)
     dtype: Literal["float32", "float64"] = "float32"
+    new_samples: int = Field(default=0, ge=0)
+    """Also capture this many samples of the new data, for the leak on new inputs in the report."""
 
 
 class AdapterSection(Section):

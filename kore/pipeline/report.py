@@ -10,7 +10,7 @@ from typing import Any
 from kore.artifacts import file_sha256, read_json
 from kore.metrics import average, hars
 from kore.pipeline.config import RunConfig
-from kore.pipeline.stage import RECORD, directory_identity, duration, read_record
+from kore.pipeline.stage import directory_identity, duration, read_record
 from kore.pipeline.workbench import Workbench
 
 _SAMPLES_PER_SET = 4
@@ -30,10 +30,6 @@ class ReportStage:
     def output(self) -> Path:
         return self.config.output_dir / "report.html"
 
-    @property
-    def record(self) -> Path:
-        return self.config.output_dir / "report.json"
-
     def inputs(self) -> dict[str, Any]:
         out = self.config.output_dir
         files = {"train": out / "train" / "history.json"}
@@ -41,7 +37,8 @@ class ReportStage:
         files |= {
             f"answers {path.parent.relative_to(out)}": path for path in sorted(out.glob("eval/*/*/*/answers.jsonl"))
         }
-        directories = {"covariance": out / "covariance", "adapter": out / "train" / "adapter"}
+        directories = {name: out / name for name in ("covariance", "covariance-new")}
+        directories["adapter"] = out / "train" / "adapter"
         return {
             "config": file_sha256(out / "config.yaml"),
             **{name: file_sha256(file) for name, file in files.items() if file.is_file()},
@@ -133,12 +130,14 @@ def _covariance(report: Any, config: RunConfig, out: Path) -> None:
         "smallest, so that what it learns leaves old inputs alone.",
     )
     rank = read_json(adapter / "adapter_config.json").get("r")
-    leaks = analysis.leak(adapter, covariance)
-    chance = {module: rank / covariance.group(module).dim for module in leaks}
+    leaks = {"old inputs": analysis.leak(adapter, covariance)}
+    if (out / "covariance-new").is_dir():
+        leaks["new inputs"] = analysis.leak(adapter, load_covariance(out / "covariance-new"))
+    leaks["random directions"] = {module: rank / covariance.group(module).dim for module in leaks["old inputs"]}
+    means = ", ".join(f"{name} {sum(values.values()) / len(values):.1e}" for name, values in leaks.items())
     report.figure(
-        figures.leak_per_layer({"old inputs": leaks, "random directions": chance}),
-        "Leak: the share of the old inputs' energy that the adapter reads, layer by layer; 0 would be no contact at "
-        f"all. Mean {_mean(leaks):.1e}; directions drawn at random would read {_mean(chance):.1e} (rank / d_in).",
+        figures.leak_per_layer(leaks),
+        f"Leak: the share of the inputs' energy that the adapter reads, layer by layer. Means: {means} (rank / d_in).",
     )
     shown = {module: covariance[module] for module in _representatives(covariance)}
     report.figure(
@@ -151,10 +150,6 @@ def _covariance(report: Any, config: RunConfig, out: Path) -> None:
             figures.spectra(spectra, rank),
             f"Eigenvalues of C. Shaded: the {rank} smallest directions, which the adapter reads.",
         )
-
-
-def _mean(values: dict[str, float]) -> float:
-    return sum(values.values()) / len(values)
 
 
 def _representatives(covariance: Any) -> list[str]:
@@ -203,7 +198,7 @@ def _run(report: Any, config: RunConfig, out: Path) -> None:
     }
     rows = []
     for label, directory in records.items():
-        record = read_record(directory / RECORD)
+        record = read_record(directory)
         if record.get("state") == "done":
             rows.append(
                 [

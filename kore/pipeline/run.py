@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kore.artifacts import atomic_write
-from kore.pipeline.config import RunConfig
+from kore.pipeline.config import OldSection, RunConfig
 from kore.pipeline.loading import dump_config
 from kore.pipeline.report import ReportStage
 from kore.pipeline.stage import Say, Stage, only_one, run_stages
@@ -27,6 +27,10 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
     if method == "kore" and config.old is not None:
         covariance = out / "covariance"
         stages.append(CaptureStage(covariance, model, config.old, config.capture, seed))
+        if config.capture.new_samples:
+            sample = OldSection(**{**config.new.model_dump(), "max_samples": config.capture.new_samples})
+            new_inputs = out / "covariance-new"
+            stages.append(CaptureStage(new_inputs, model, sample, config.capture, seed, name="capture-new"))
     asks = bool(config.eval.new or config.eval.old)
     if asks:
         stages.append(EvalStage(out / "eval" / "before", model, config.eval, name="eval-before"))

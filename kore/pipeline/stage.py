@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from kore import __version__
 from kore.artifacts import MANIFEST, SCHEMA_VERSION, atomic_write, file_sha256
 from kore.errors import ArtifactError, KoreError
 
-RECORD = "stage.json"
+RECORDS = ".kore"
 _SAMPLE = 1 << 20
 C = TypeVar("C", contravariant=True)
 Say = Callable[[str, str, str], None]
@@ -36,16 +35,13 @@ class Stage(Protocol[C]):
     Attributes:
         name: How the stage is called on the command line and in messages.
         output: The file or directory that holds the result.
-        record: Where its key and state are kept.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def output(self) -> Path: ...
-
-    @property
-    def record(self) -> Path: ...
 
     def inputs(self) -> dict[str, Any]:
         """What the result depends on, as flat JSON-serialisable values; asked just before the stage's turn."""
@@ -68,6 +64,7 @@ def run_stages(stages: Sequence[Stage[C]], context: C, say: Say, rerun: Sequence
 
     Raises:
         KoreError: ``rerun`` names no stage.
+        ArtifactError: A result would replace a directory that no stage has made.
     """
     names = [stage.name for stage in stages]
     for name in rerun:
@@ -80,7 +77,8 @@ def run_stages(stages: Sequence[Stage[C]], context: C, say: Say, rerun: Sequence
 def _run_stage(stage: Stage[C], context: C, say: Say, again: bool) -> None:
     inputs = stage.inputs()
     key = _key(inputs)
-    record = read_record(stage.record)
+    file = record_file(stage.output)
+    record = read_record(stage.output)
     same = record.get("key") == key and not again
     if same and record.get("state") == "done" and stage.complete():
         say(stage.name, "skipped", f"already done: {record.get('result', '')}".rstrip(": "))
@@ -89,23 +87,33 @@ def _run_stage(stage: Stage[C], context: C, say: Say, again: bool) -> None:
     if reason:
         say(stage.name, "runs", reason)
     if not same:
-        _remove(stage.record)
+        if not record and stage.output.is_dir() and any(stage.output.iterdir()):
+            raise ArtifactError(
+                f"{stage.output}: there is something here already, and no record of how it was made; "
+                "delete it or choose another output"
+            )
+        _remove(file)
         _remove(stage.output)
     about = {"schema_version": SCHEMA_VERSION, "library_version": __version__, "key": key, "inputs": inputs}
-    _write(stage.record, {**about, "state": "running"})
+    _write(file, {**about, "state": "running"})
     started = time.perf_counter()
     result = stage.run(context)
     seconds = time.perf_counter() - started
     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
     times = {"seconds": round(seconds, 2), "finished": finished}
-    _write(stage.record, {**about, "state": "done", "result": result, **times})
+    _write(file, {**about, "state": "done", "result": result, **times})
     say(stage.name, "done", f"{result} ({duration(seconds)})")
 
 
-def read_record(file: Path) -> dict[str, Any]:
-    """The record of a stage; empty when it has never run or the record cannot be read."""
+def record_file(output: Path) -> Path:
+    """Where the key and state of the stage that makes ``output`` are kept: beside it, since it is replaced whole."""
+    return output.parent / RECORDS / f"{output.name}.json"
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    """The record of the stage that makes ``output``; empty when it has never run or the record cannot be read."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(record_file(output).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -154,7 +162,7 @@ def model_identity(path: str) -> str:
     if not directory.is_dir():
         return path
     digest = hashlib.sha256()
-    for file in sorted(entry for entry in directory.iterdir() if entry.is_file() and entry.name != RECORD):
+    for file in sorted(entry for entry in directory.iterdir() if entry.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
         with open(file, "rb") as stream:
@@ -170,29 +178,27 @@ def directory_identity(directory: Path) -> str:
     if (directory / MANIFEST).is_file():
         return file_sha256(directory / MANIFEST)
     digest = hashlib.sha256()
-    for file in sorted(entry for entry in directory.rglob("*") if entry.is_file() and entry.name != RECORD):
+    for file in sorted(entry for entry in directory.rglob("*") if entry.is_file()):
         digest.update(f"{file.relative_to(directory)}\0{file_sha256(file)}\0".encode())
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def only_one(directory: Path) -> Iterator[None]:
-    """Hold a directory against other processes; the system lets go when the process dies.
+def only_one(output: Path) -> Iterator[None]:
+    """Hold an output against other processes; the system lets go when the process dies.
 
     Raises ArtifactError when another process holds it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
+    lock = record_file(output).with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ArtifactError(
-                f"{directory}: another process is working here; wait for it or choose another directory"
+                f"{output}: another process is working here; wait for it or choose another output"
             ) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def duration(seconds: float) -> str:

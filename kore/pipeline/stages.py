@@ -20,14 +20,14 @@ from kore.pipeline.config import (
     TrainSection,
 )
 from kore.pipeline.launch import train_in_processes
-from kore.pipeline.stage import RECORD, directory_identity, model_identity
+from kore.pipeline.stage import directory_identity, model_identity
 from kore.pipeline.workbench import Workbench
 from kore.processes import process_count
 
 
 @dataclass(frozen=True)
 class CaptureStage:
-    """Covariances of the old data, saved at ``output``."""
+    """Covariances of the inputs that the ``old`` data gives, saved at ``output``."""
 
     output: Path
     model: ModelSection
@@ -36,12 +36,8 @@ class CaptureStage:
     seed: int = 0
     name: str = "capture"
 
-    @property
-    def record(self) -> Path:
-        return self.output / RECORD
-
     def inputs(self) -> dict[str, Any]:
-        settings = self.settings.model_dump(exclude={"checkpoint_every"})
+        settings = self.settings.model_dump(exclude={"new_samples"})
         return {
             **_model_inputs(self.model),
             **_data_inputs("old", self.old),
@@ -87,10 +83,6 @@ class InitStage:
     seed: int = 0
     name: str = "init"
 
-    @property
-    def record(self) -> Path:
-        return self.output / RECORD
-
     def inputs(self) -> dict[str, Any]:
         covariance = {"covariance": directory_identity(self.covariance)} if self._constrained() else {}
         return {**_model_inputs(self.model), **_flat("adapter", self.settings), **covariance, "seed": self.seed}
@@ -130,10 +122,6 @@ class TrainStage:
     init: Path | None = None
     seed: int = 0
     name: str = "train"
-
-    @property
-    def record(self) -> Path:
-        return self.output / RECORD
 
     @property
     def result(self) -> Path:
@@ -191,10 +179,6 @@ class EvalStage:
     adapter: Path | None = None
     full_model: Path | None = None
     name: str = "eval"
-
-    @property
-    def record(self) -> Path:
-        return self.output / RECORD
 
     def inputs(self) -> dict[str, Any]:
         adapter = {"adapter": directory_identity(self.adapter)} if self.adapter is not None else {}
