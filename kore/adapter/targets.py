@@ -15,7 +15,7 @@ def peft_target_modules(model: nn.Module, names: Iterable[str]) -> list[str] | s
     """``target_modules`` that stock PEFT resolves to exactly the modules ``names`` of an unadapted model.
 
     The last parts of the names where those select nothing else (``["q_proj", "v_proj"]``); else one regular
-    expression over the layer numbers; else the names themselves.
+    expression over the layer numbers; else one over the names themselves.
     """
     wanted = set(names)
     every = [name for name, _ in model.named_modules() if name]
@@ -25,7 +25,7 @@ def peft_target_modules(model: nn.Module, names: Iterable[str]) -> list[str] | s
     pattern = _pattern(wanted)
     if {name for name in every if re.fullmatch(pattern, name)} == wanted:
         return pattern
-    return sorted(wanted)
+    return "|".join(re.escape(name) for name in sorted(wanted))
 
 
 def _pattern(names: set[str]) -> str:
