@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,18 @@ from kore.training.weights import load_trained, save_trained
 _IGNORE = -100
 
 
-def answer_loss(logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
-    """Cross entropy of the next token, summed over the labelled tokens and divided by ``count``.
+def answer_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
+    """Cross entropy summed over the labelled tokens and divided by ``count``.
 
     Args:
-        logits: (batch, tokens, vocabulary), any float dtype; computed in float32, on labelled tokens only.
-        labels: (batch, tokens); -100 carries no loss.
+        logits: (batch, positions, vocabulary), any float dtype; computed in float32, on labelled tokens only.
+        targets: (batch, positions), the token after each position; -100 carries no loss.
         count: Labelled tokens of the whole optimizer step, over all its forward passes and processes; None
-            means those of ``labels``.
+            means those of ``targets``.
     """
-    labels = labels[:, 1:]
-    labelled = labels != _IGNORE
-    total = torch.nn.functional.cross_entropy(
-        logits[:, :-1][labelled.to(logits.device)].float(), labels[labelled].to(logits.device), reduction="sum"
-    )
+    targets = targets.to(logits.device)
+    labelled = targets != _IGNORE
+    total = torch.nn.functional.cross_entropy(logits[labelled].float(), targets[labelled], reduction="sum")
     return total / (labelled.sum() if count is None else count)
 
 
@@ -60,7 +59,9 @@ class KoreTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, in compute_loss
         self._config = config
         self._model: torch.nn.Module = model
-        self._projector = projector_name(base_model(model))
+        base = base_model(model)
+        self._selects_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._projector = projector_name(base)
         self._projector_ratio: float | None = None
         self._projector_parameters = [p for name, p in model.named_parameters() if self._in_projector(name, p)]
 
@@ -105,9 +106,15 @@ class KoreTrainer(Trainer):
     ) -> Any:
         """Mean cross entropy over the answer tokens of the whole optimizer step, whatever way it is split."""
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs, use_cache=False)
-        loss = answer_loss(outputs.logits, labels, num_items_in_batch)
+        targets = inputs.pop("labels")[:, 1:]
+        if self._selects_logits:
+            # The output head, the largest activation of all, runs only where some row of the batch has an answer.
+            places = (targets != _IGNORE).any(dim=0).nonzero().squeeze(1)
+            outputs = model(**inputs, use_cache=False, logits_to_keep=places)
+            loss = answer_loss(outputs.logits, targets[:, places], num_items_in_batch)
+        else:
+            outputs = model(**inputs, use_cache=False)
+            loss = answer_loss(outputs.logits[:, :-1], targets, num_items_in_batch)
         if "pixel_values" not in inputs and not self.is_fsdp_enabled:
             # A batch without images gives the projector a zero gradient, as DDP needs one for every parameter.
             loss = torch.stack([loss, *(parameter.sum() * 0 for parameter in self._projector_parameters)]).sum()
