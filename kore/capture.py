@@ -201,8 +201,9 @@ class _Run:
     def _read_mask(self, inputs: dict[str, Any]) -> tuple[tuple[int, int] | None, torch.Tensor | None]:
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
         if mask is None:
-            known = isinstance(ids, torch.Tensor) and ids.dim() > 1
-            return ((ids.shape[0], ids.shape[1]) if known else None), None
+            if isinstance(ids, torch.Tensor) and ids.dim() > 1:
+                return (ids.shape[0], ids.shape[1]), None
+            return None, None
         if mask.dim() != 2:
             raise KoreError(f"batch {self.done}: expected an attention_mask (batch, tokens), got {tuple(mask.shape)}")
         full = mask.device.type == "cpu" and bool((mask != 0).all())
