@@ -72,8 +72,11 @@ def image_size(
     Raises:
         DataError: The file is missing, not an image, or over a limit.
     """
+    from PIL import Image
+
     with _open(Path(path), max_bytes, max_pixels) as image:
-        swapped = image.getexif().get(_EXIF_ORIENTATION) in _SWAPS_SIDES
+        # The method of the base class: that of PNG files decodes the whole image to look behind it.
+        swapped = Image.Image.getexif(image).get(_EXIF_ORIENTATION) in _SWAPS_SIDES
         return (image.width, image.height) if swapped else (image.height, image.width)
 
 

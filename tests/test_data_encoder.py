@@ -264,6 +264,45 @@ def test_templates_of_plain_text_and_none(models: dict, caplog) -> None:
         Encoder(tokenizer).encode(talk("Q", "A"))
 
 
+def test_templates_with_the_features_of_published_models(images: tuple, models: dict) -> None:
+    """Images rendered first, generation blocks, a default system turn, a namespace that counts."""
+    llava, qwen = (Encoder.from_pretrained(models[kind]) for kind in ("llava", "qwen_vl"))
+    llava = Encoder(
+        llava.tokenizer,
+        llava.vision.image_processor,
+        llava.model_config,
+        chat_template=(
+            "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+            "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+            "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{% if m['role'] == 'assistant' %}"
+            "{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}{% else %}{{ c['text'] + ' ' }}{% endif %}"
+            "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+        ),
+    )
+    example = llava.encode(talk("What is\n<image>", "A dot.", images=images[:1]))
+    text = llava.tokenizer.decode(example["input_ids"]).replace("<image>" * 4, "<image>")
+    assert text == "USER: <image>\nWhat is ASSISTANT: A dot.</s>"
+    assert labelled(llava, example) == [" A dot.</s>"]
+    qwen = Encoder(
+        qwen.tokenizer,
+        qwen.vision.image_processor,
+        qwen.model_config,
+        chat_template=(
+            "{% set count = namespace(value=0) %}{% for m in messages %}"
+            "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}"
+            "<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+            "{% for c in m['content'] %}{% if c['type'] == 'image' %}{% set count.value = count.value + 1 %}"
+            "Picture {{ count.value }}: <|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}"
+            "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        ),
+    )
+    example = qwen.encode(talk("<image><image>Same?", "No.", "Why?", "So.", images=images[:2]))
+    assert qwen.tokenizer.decode(example["input_ids"]).startswith("<|im_start|>system\nBe good.<|im_end|>\n")
+    assert "Picture 2: " in qwen.tokenizer.decode(example["input_ids"])
+    assert labelled(qwen, example) == ["No.<|im_end|>", "So.<|im_end|>"]
+
+
 def test_bos_of_the_template_is_not_doubled(models: dict) -> None:
     from tokenizers.processors import TemplateProcessing
 

@@ -205,9 +205,22 @@ def test_image_limits_orientation_and_truncation(root: Path) -> None:
     turned.save(root / "turned.jpg", exif=exif)
     image = open_image(root / "turned.jpg")
     assert image.mode == "RGB" and (image.height, image.width) == (6, 4) == image_size(root / "turned.jpg")
+    turned.save(root / "turned.png", exif=exif)
+    assert image_size(root / "turned.png") == (6, 4) == open_image(root / "turned.png").size[::-1]
     Image.effect_noise((64, 64), 50).save(root / "cut.jpg")
     (root / "cut.jpg").write_bytes((root / "cut.jpg").read_bytes()[:900])
     file = write(root / "d.json", [{"image": "cut.jpg", "conversations": turns("<image>Q", "A")}])
     assert len(load_conversations(file)) == 1
     with pytest.raises(DataError, match=r"d.json:2: image .*cut.jpg cannot be decoded"):
         load_conversations(file, check_images="decode")
+
+
+def test_header_check_decodes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import ImageFile
+
+    def load(self: ImageFile.ImageFile) -> None:
+        raise AssertionError("decoded")
+
+    Image.new("RGB", (6, 4)).save(root / "a.jpg")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    assert image_size(root / "a.png") == image_size(root / "a.jpg") == (4, 6)
