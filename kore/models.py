@@ -57,7 +57,7 @@ def load_model(
             if getattr(config, "vision_config", None) is not None
             else transformers.AutoModelForCausalLM
         )
-        model = auto_class.from_pretrained(text, **{dtype_argument: torch_dtype}, **kwargs)
+        model: Any = auto_class.from_pretrained(text, **{dtype_argument: torch_dtype}, **kwargs)
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{text}: the model cannot be loaded ({type(error).__name__}: {first_line})") from error

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kore.accumulator import Accumulator, rows, scale_samples
 from kore.capture import capture_covariance
+from kore.capture.accumulator import Accumulator, rows, scale_samples
 from kore.errors import ArtifactError, KoreError
 from kore.models import language_model_linears, named_linears
 from tests.batches import KINDS, MODELS, make_batch, make_batches

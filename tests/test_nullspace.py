@@ -96,10 +96,10 @@ def test_tiny_negative_eigenvalues(method):
 
 
 def test_auto_chooses_by_size_and_falls_back(monkeypatch):
-    from kore import nullspace
+    from kore.nullspace import basis
 
     assert null_space(graded(60, 1e3), 5).method == "eigh"
-    monkeypatch.setattr(nullspace, "_EIGH_MAX_DIM", 100)
+    monkeypatch.setattr(basis, "_EIGH_MAX_DIM", 100)
     assert null_space(graded(300, 1e3), 20).method == "randomized"
     assert null_space(graded(300, 1e3), 200).method == "eigh"
     C = from_tokens(2000, 300)  # without decay: converges slowly

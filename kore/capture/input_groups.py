@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kore.accumulator import Accumulator
+from kore.capture.accumulator import Accumulator
 from kore.covariance import Group
 from kore.errors import KoreError
 

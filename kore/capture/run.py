@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from kore.accumulator import Accumulator, rows, scale_samples
-from kore.capture_checkpoint import CaptureCheckpoint
+from kore.capture.accumulator import Accumulator, rows, scale_samples
+from kore.capture.checkpoint import CaptureCheckpoint
+from kore.capture.input_groups import InputGroups
 from kore.covariance import CovarianceSet
 from kore.errors import KoreError
-from kore.input_groups import InputGroups
 from kore.models import base_model, language_model_linears, model_fingerprint, named_linears, resolve_targets
 
 NORMALIZE = ("none", "official")

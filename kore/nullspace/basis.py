@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kore.errors import KoreError
-from kore.solvers import solve_eigh, solve_randomized
+from kore.nullspace.solvers import solve_eigh, solve_randomized
 
 METHODS = ("auto", "eigh", "randomized")
 _EIGH_MAX_DIM = 1024

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from kore.artifacts import MANIFEST, atomic_directory, read_manifest, write_manifest
+from kore.capture.input_groups import InputGroups
 from kore.covariance import read_groups, write_groups
 from kore.errors import ArtifactError, KoreError
-from kore.input_groups import InputGroups
 
 KIND = "capture checkpoint"
 
