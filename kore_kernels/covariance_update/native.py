@@ -32,11 +32,11 @@ def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor 
 
 
 def _signed_rows(mask: Tensor | None, weight: Tensor | None) -> Iterator[tuple[float, Tensor | None]]:
-    """(sign, indices) of the kept rows: one group without weights, else one for each sign, as syrk needs √|w|."""
-    if weight is None:
+    """(sign, indices, None meaning all) of the kept rows; a group for each sign of the weights, as syrk needs √|w|."""
+    negative = None if weight is None else weight < 0
+    if negative is None or not bool(negative.any()):
         yield 1.0, None if mask is None else mask.nonzero().squeeze(1)
         return
-    negative = weight < 0
     for sign, group in ((1.0, ~negative), (-1.0, negative)):
         yield sign, (group if mask is None else group & mask).nonzero().squeeze(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,8 +41,9 @@ def backward(
     """dx = Σ g_i W_i + s (Σ g_i B_i R_i) Uᵀ, asked for by passing weights and U; dB_i = s g_iᵀ (h R_iᵀ), by h."""
     dx = None
     if U is not None:
-        low = sum(g.to(B.dtype) @ B @ R for g, R, B in zip(gs, Rs, Bs))
-        dx = (sum(g @ weight for g, weight in zip(gs, weights)) + scaling * (low @ U.T)).to(gs[0].dtype)
+        low = torch.stack([g.to(B.dtype) @ B @ R for g, R, B in zip(gs, Rs, Bs)]).sum(0)
+        base = torch.stack([g @ weight for g, weight in zip(gs, weights)]).sum(0)
+        dx = (base + scaling * (low @ U.T)).to(gs[0].dtype)
     if h is None:
         return dx, []
     kept = h[:, : Rs[0].shape[1]]

@@ -19,4 +19,5 @@ TRITON: dict[int | str, TritonConfig] = {
     90: TritonConfig(64, 8),
     100: TritonConfig(64, 8),
 }
-NATIVE_BLOCK = 256
+# Small enough that torch copies a block without waking its threads, which costs more than the copy.
+NATIVE_BLOCK = 128

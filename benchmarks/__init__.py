@@ -1,0 +1,1 @@
+"""Benchmarks and the static kernel audit; none of it is installed with the packages."""
