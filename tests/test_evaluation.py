@@ -11,13 +11,12 @@ import torch
 from kore.data import Encoder, Question
 from kore.errors import ArtifactError, DataError
 from kore.evaluation import EvalResult, Score, evaluate, load_result
+from kore.models import language_model_linears, load_model
 from tests.tiny import save_tiny, tiny_conversations
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    from kore.models import load_model
-
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny("llava", folder / "model")
     tiny_conversations(folder, 4)
@@ -26,7 +25,10 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def questions(tiny):
-    images = tiny[2]
+    return ask(tiny[2])
+
+
+def ask(images):
     texts = ["What is it?", "What is the colour of the square in this picture?", "Who?", "Describe it."]
     asked = [Question(f"i{i}", images / f"{i}.png", text, "red", "image") for i, text in enumerate(texts)]
     return [*asked, Question("t0", None, "Who founded Arven, and in which year?", "Mira Solt", "text")]
@@ -36,8 +38,13 @@ def predictions(result):
     return [answer.prediction for answer in result.answers]
 
 
-def test_the_batch_size_changes_no_answer(tiny, questions):
-    model, encoder, _ = tiny
+@pytest.mark.parametrize("kind", ["llava", "qwen_vl", "llama"])
+def test_the_batch_size_changes_no_answer(tiny, kind, tmp_path):
+    model, encoder, images = tiny
+    if kind != "llava":
+        save_tiny(kind, tmp_path)
+        model, encoder = load_model(tmp_path, device="cpu"), Encoder.from_pretrained(tmp_path)
+    questions = [replace(one, image=None if kind == "llama" else one.image) for one in ask(images)]
     one = evaluate(model, encoder, questions, batch_size=1, max_new_tokens=5, progress=False)
     all_at_once = evaluate(model, encoder, questions, batch_size=5, max_new_tokens=5, progress=False)
     assert predictions(one) == predictions(all_at_once)
@@ -94,7 +101,7 @@ def test_answers_of_another_model_or_question_are_not_kept(tiny, questions, tmp_
     encode = type(encoder).encode
     monkeypatch.setattr(type(encoder), "encode", lambda self, c, **k: asked.append(c.id) or encode(self, c, **k))
     again, tokens = questions[:2], 2
-    parameter = model.model.language_model.layers[0].mlp.up_proj.weight
+    parameter = model.get_submodule(language_model_linears(model)[0]).weight
     before = parameter.detach().clone()
     if change == "weights":
         parameter.data.add_(0.5)
