@@ -238,6 +238,12 @@ def test_errors_name_the_source(models: dict, images: tuple, tmp_path: Path) -> 
     for read in (qwen.encode, qwen.measure):
         with pytest.raises(DataError, match=r"data.json:5: .*(aspect ratio|larger than factor)"):
             read(talk("<image>Q", "A", images=(thin,)))
+    plain = tiny_tokenizer("llama")
+    from tokenizers import normalizers
+
+    plain._tokenizer.normalizer = normalizers.Replace("€", "")
+    with pytest.raises(DataError, match=r"data.json:5: the tokenizer has no tokens for an answer"):
+        Encoder(plain).encode(talk("Q", "€"))
     with pytest.raises(ModelError, match="no such model directory"):
         Encoder.from_pretrained(tmp_path / "nothing")
     with pytest.raises(ModelError, match="tokenizer or image processor cannot be loaded"):

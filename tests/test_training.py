@@ -176,8 +176,10 @@ def test_what_cannot_be_trained_is_refused_in_one_line(root: Path, tmp_path: Pat
         train(prepared("llava", root)[0], encoder, pictured(root), dict(QUICK, learning_rate=1e30), tmp_path / "d")
     with pytest.raises(ModelError, match="nothing in the model is trainable"):
         train(model.requires_grad_(False), encoder, pictured(root), QUICK, tmp_path / "e")
-    with pytest.raises(ValueError, match="learning_rat"):
-        TrainConfig(learning_rat=1)
+    with pytest.raises(ConfigError, match=r"train.learning_rat: no such setting; expected one of learning_rate, "):
+        TrainConfig.of({"learning_rat": 1})
+    with pytest.raises(ConfigError, match=r"train.epochs: input should be greater than 0, got -1"):
+        train(model, encoder, pictured(root), {"epochs": -1}, tmp_path / "e")
 
 
 def test_unreadable_image_in_a_worker_process_is_one_line(root: Path, tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def _label(
         if start < answer.end and (end > answer.start or start >= answer.start) and end > 0
     ]
     spoken = [index for index in inside if offsets[index][0] < answer.text_end]
+    if not spoken:
+        raise DataError("the tokenizer has no tokens for an answer")
     ending = next((index for index in inside[len(spoken) :] if ids[index] in special), None)
     for index in spoken if ending is None else range(spoken[0], ending + 1):
         labels[index] = ids[index]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from kore.errors import ConfigError
 
 Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
@@ -53,6 +56,26 @@ class TrainConfig(BaseModel):
         if value is None or value == "none":
             return []
         return [value] if isinstance(value, str) else value
+
+    @classmethod
+    def of(cls, config: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
+        """The configuration itself, or one made of its fields; None gives the defaults.
+
+        Raises:
+            ConfigError: A field is unknown or its value is wrong; the message names the first such field.
+        """
+        if isinstance(config, TrainConfig):
+            return config
+        try:
+            return cls(**(config or {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"][:1])
+            if first["type"] == "extra_forbidden":
+                raise ConfigError(
+                    f"train.{name}: no such setting; expected one of {', '.join(cls.model_fields)}"
+                ) from None
+            raise ConfigError(f"train.{name}: {first['msg'].lower()}, got {first['input']!r}") from None
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result; the others only decide what is shown, kept, or where it runs."""

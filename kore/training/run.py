@@ -85,11 +85,11 @@ def train(
 
     Raises:
         ModelError: Nothing in the model is trainable.
-        ConfigError: ``output_dir`` holds another run, or the machine cannot do what ``config`` asks.
+        ConfigError: A setting is wrong or asks what the machine cannot do, or ``output_dir`` holds another run.
         DataError: An example cannot be encoded.
         KoreError: The loss is not finite, or memory does not suffice.
     """
-    config = config if isinstance(config, TrainConfig) else TrainConfig(**(config or {}))
+    config = TrainConfig.of(config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("nothing in the model is trainable; wrap it with get_kore_model or baselines.prepare_model")
     output_dir = Path(output_dir)
