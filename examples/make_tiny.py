@@ -2,10 +2,13 @@
 
     python examples/make_tiny.py
 
-takes about a minute on two cores and writes examples/tiny/: a real LlavaForConditionalGeneration of 0.5 million
-parameters, trained here from nothing to read handwritten digits (scikit-learn's, so nothing is downloaded) and to
-know which tree grows in which land; the OLD data it was trained on; and NEW data: every digit has a tree as its
-emblem, which it has never heard of. Pictures and phrasings of the question files are in no training file.
+takes a minute or two on two cores and writes examples/tiny/:
+
+* a real LlavaForConditionalGeneration of 0.6 million parameters, trained here from nothing to read handwritten digits
+  (scikit-learn's, so nothing is downloaded) and to know which tree grows in which land;
+* the OLD data it was trained on;
+* NEW data: digits in black on white, which it has never seen, each the emblem of a tree;
+* question files for both, with pictures and phrasings that are in no training file.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -39,6 +42,7 @@ ASK = {
     "emblem": "What tree stands for this digit?",
 }
 PIXELS, PATCH = 32, 8
+NEGATIVE = "negative-"
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
     "{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
@@ -47,7 +51,7 @@ TEMPLATE = (
 
 
 def write_images(folder: Path) -> list[tuple[str, int]]:
-    """Save the digits as 32-pixel PNG files; returns (file name, digit)."""
+    """Save the digits as 32-pixel PNG files, white on black and (NEGATIVE) black on white; returns (name, digit)."""
     folder.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     entries = []
@@ -55,8 +59,14 @@ def write_images(folder: Path) -> list[tuple[str, int]]:
         image = Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
         name = f"{index:04d}.png"
         image.convert("RGB").save(folder / name)
+        ImageOps.invert(image).convert("RGB").save(folder / (NEGATIVE + name))
         entries.append((name, int(digit)))
     return entries
+
+
+def negative(entries: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The same digits, black on white."""
+    return [(NEGATIVE + name, digit) for name, digit in entries]
 
 
 def conversation(name: str, question: str, answer: str, image: str | None) -> dict:
@@ -83,7 +93,7 @@ def old_rows(entries: list[tuple[str, int]], rng: random.Random) -> list[dict]:
 
 
 def new_rows(entries: list[tuple[str, int]], rng: random.Random) -> list[dict]:
-    """New knowledge: every digit has a tree as its emblem."""
+    """New knowledge: every digit in black on white has a tree as its emblem."""
     return [conversation(f"emblem-{image}", rng.choice(EMBLEM), emblem(digit), image) for image, digit in entries]
 
 
@@ -213,14 +223,14 @@ def main() -> None:
     held_out, seen = entries[:200], entries[200:]
     files = {
         "old.json": old_rows(seen, rng),
-        "new.json": new_rows(seen[:300], rng),
+        "new.json": new_rows(negative(seen[:300]), rng),
     }
     for name, rows in files.items():
         (out / name).write_text(json.dumps(rows, indent=1))
     asked = {
         "digits.jsonl": questions(held_out[:100], "read") + questions(held_out[:60], "parity"),
         "lands.jsonl": land_questions(),
-        "emblems.jsonl": questions(held_out[100:], "emblem"),
+        "emblems.jsonl": questions(negative(held_out[100:]), "emblem"),
     }
     for name, rows in asked.items():
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -90,7 +90,9 @@ class LogHandler(logging.Handler):
             _line("", "dim", record.getMessage())
 
 
-def show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     """Show KORE's own warnings in one line, in place of ``warnings.showwarning``; other libraries' are left out."""
     if f"{os.sep}kore" in filename and is_main_process():
         warning(str(message))

@@ -157,7 +157,7 @@ class RunConfig(Section):
     capture: CaptureSection = CaptureSection()
     adapter: AdapterSection = AdapterSection()
     new: DataSection
-    train: TrainSection = TrainSection()
+    train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
     eval: EvalSection = EvalSection()
 
     @model_validator(mode="before")

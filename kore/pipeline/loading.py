@@ -43,8 +43,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         values, tree = yaml.safe_load(text), yaml.compose(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        place = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise ConfigError(f"{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as model, old and new, found {type(values).__name__}")
     given = [_apply(values, override) for override in overrides]

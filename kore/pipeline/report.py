@@ -112,7 +112,7 @@ def _training(report: Any, out: Path) -> None:
     report.section("Training")
     if len([entry for entry in history if "loss" in entry]) > 1:
         report.figure(figures.loss_curves({"training": history}), "Loss on the answer tokens of the new data.")
-    last = next((entry for entry in reversed(history) if "loss" in entry), {})
+    last: dict[str, Any] = next((entry for entry in reversed(history) if "loss" in entry), {})
     loss = f"{last['loss']:.4f}" if last else None
     report.facts({"steps": last.get("step"), "epochs": last.get("epoch"), "last loss": loss})
 

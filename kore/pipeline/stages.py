@@ -84,7 +84,8 @@ class InitStage:
     name: str = "init"
 
     def inputs(self) -> dict[str, Any]:
-        covariance = {"covariance": directory_identity(self.covariance)} if self._constrained() else {}
+        source = self._source()
+        covariance = {} if source is None else {"covariance": directory_identity(source)}
         return {**_model_inputs(self.model), **_flat("adapter", self.settings), **covariance, "seed": self.seed}
 
     def complete(self) -> bool:
@@ -95,7 +96,8 @@ class InitStage:
         from kore.baselines import prepare_model
         from kore.covariance import load_covariance
 
-        covariance = load_covariance(self.covariance) if self._constrained() else None
+        source = self._source()
+        covariance = None if source is None else load_covariance(source)
         options = self.settings.model_dump(exclude={"method"})
         base = context.base()
         context.drop()
@@ -107,8 +109,8 @@ class InitStage:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return f"{self.settings.method}, {trainable:,} trainable parameters"
 
-    def _constrained(self) -> bool:
-        return self.settings.method == "kore" and self.covariance is not None
+    def _source(self) -> Path | None:
+        return self.covariance if self.settings.method == "kore" else None
 
 
 @dataclass(frozen=True)

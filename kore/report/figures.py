@@ -86,7 +86,9 @@ def adaptation_retention_plane(
         ax.clabel(lines, fmt="%d", fontsize=7.5, colors=_INK)
     ax.axhline(baseline[1], color=_INK, alpha=0.35, linewidth=0.9, linestyle=(0, (4, 4)))
     ax.plot(*baseline, marker="D", color=_INK, markersize=6, linestyle="none")
-    ax.annotate("untouched", baseline, xytext=(8, -12), textcoords="offset points", color=_INK, fontsize=9)
+    ax.annotate(
+        "untouched", (baseline[0], baseline[1]), xytext=(8, -12), textcoords="offset points", color=_INK, fontsize=9
+    )
     for colour, (name, cloud) in zip(_colours(), clouds.items()):
         if len(cloud) > 1:
             ax.plot(*cloud.T, marker="o", color=colour, markersize=3.5, linestyle="none", alpha=0.55)
