@@ -208,7 +208,8 @@ def pretrain(model, encoder, rows: Path, images: Path, steps: int, seed: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny")
+    default = Path(__file__).parent / "tiny"
+    parser.add_argument("--output", type=Path, default=default, help="where everything goes; examples/tiny")
     parser.add_argument("--steps", type=int, default=500, help="pre-training steps")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -250,7 +251,9 @@ def main() -> None:
     pretrain(model, encoder, out / "old.json", out / "images", arguments.steps, arguments.seed)
     model.save_pretrained(out / "model")
     encoder.save_pretrained(out / "model")
-    print(f"written: {out}\nnext:    kore run {Path(__file__).with_name('tiny.yaml')}")
+    print(f"written: {out}")
+    example = Path(__file__).with_name("tiny.yaml")
+    print(f"next:    kore run {os.path.relpath(example)}" if out == default else f"next:    copy {example} beside it")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def run(
     rerun: Annotated[
         list[str] | None, typer.Option(help="Run this stage again although it is done; may be repeated.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only check the configuration.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check the configuration, and show it with all defaults.")
+    ] = False,
 ) -> None:
     """From a model, old data and new knowledge to a trained, evaluated adapter and a report.
 
@@ -44,12 +46,13 @@ def run(
 
     Example: `kore run examples/tiny.yaml train.learning_rate=1e-3`
     """
-    from kore.pipeline.loading import load_config
+    from kore.pipeline.loading import dump_config, load_config
     from kore.pipeline.run import run_pipeline, stage_names
 
     settings = load_config(config, overrides or [])
     if check:
-        console.say(f"{config}: valid; stages: {', '.join(stage_names(settings))}; output: {settings.output_dir}")
+        console.say(dump_config(settings))
+        console.say(f"{config} is valid; stages: {', '.join(stage_names(settings))}")
         return
     report = run_pipeline(settings, console.stage, rerun=rerun or [], progress=console.interactive())
     console.say(f"report: {report}")

@@ -49,20 +49,21 @@ class ReportStage:
         return self.output.is_file()
 
     def run(self, context: Workbench) -> str:
-        write_report(self.config, self.output)
-        return str(self.output)
+        both = write_report(self.config, self.output)
+        return ", ".join(f"{name} {value:.2f}" for name, value in both.items()) or "written"
 
 
-def write_report(config: RunConfig, path: Path) -> None:
-    """Write the report of a finished run."""
+def write_report(config: RunConfig, path: Path) -> dict[str, float]:
+    """Write the report of a finished run; returns Avg and HARS where there are new and old questions."""
     from kore.report import Report
 
     out = config.output_dir
     title = f"{_METHODS[config.adapter.method]} on {Path(config.model.path).name}"
     report = Report(title, f"{out} · {datetime.now(timezone.utc):%d %B %Y}")
+    both: dict[str, float] = {}
     if (out / "eval" / "after" / "scores.json").is_file():
         before, after = (read_json(out / "eval" / when / "scores.json") for when in ("before", "after"))
-        _headline(report, before, after)
+        both = _headline(report, before, after)
         _scores(report, before, after)
     _training(report, out)
     if (out / "covariance").is_dir():
@@ -70,20 +71,22 @@ def write_report(config: RunConfig, path: Path) -> None:
     _answers(report, out)
     _run(report, config, out)
     report.write(path)
+    return both
 
 
-def _headline(report: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
-    tiles = []
+def _headline(report: Any, before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    tiles, both = [], {}
     names = {"ka": "K.A, new knowledge", "kr": "K.R, old knowledge"}
     for key, label in names.items():
         if after[key] is not None:
             tiles.append((label, f"{after[key]:.2f}", f"{before[key]:.2f} before"))
     if len(tiles) == 2:
-        means = [average(scores["ka"], scores["kr"]) for scores in (before, after)]
-        score = hars(after["ka"], after["kr"], before["ka"], before["kr"])
-        tiles.append(("Avg", f"{means[1]:.2f}", f"{means[0]:.2f} before"))
-        tiles.append(("HARS", f"{score:.2f}", "both in one number"))
+        both["Avg"] = average(after["ka"], after["kr"])
+        both["HARS"] = hars(after["ka"], after["kr"], before["ka"], before["kr"])
+        tiles.append(("Avg", f"{both['Avg']:.2f}", f"{average(before['ka'], before['kr']):.2f} before"))
+        tiles.append(("HARS", f"{both['HARS']:.2f}", "both in one number"))
     report.tiles(tiles)
+    return both
 
 
 def _scores(report: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
