@@ -38,7 +38,7 @@ HALF: dict[int | str, TritonConfig] = {
 # float32 tiles: three TF32 products for one of float32 grade.
 SINGLE: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(64, 64, 4, 1),
-    80: TritonConfig(64, 32, 4, 3),
+    80: TritonConfig(64, 16, 4, 3),
     90: TritonConfig(64, 32, 4, 3),
     100: TritonConfig(64, 32, 4, 3),
 }

@@ -26,9 +26,9 @@ HALF: dict[int | str, TritonConfig] = {
 # Products of float32 tiles: three TF32 products for one of float32 grade.
 SINGLE: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(64, 64, 64, 4, 1),
-    80: TritonConfig(64, 64, 32, 4, 3),
+    80: TritonConfig(64, 64, 16, 4, 3),
     90: TritonConfig(64, 64, 32, 4, 3),
-    100: TritonConfig(64, 64, 32, 4, 3),
+    100: TritonConfig(64, 64, 32, 8, 3),
 }
 # Two-byte products whose result is only as wide as the rank: h, gB and dB.
 NARROW_HALF: dict[int | str, TritonConfig] = {

@@ -89,7 +89,7 @@ def _launch_two_products(
         out,
         L,
         R,
-        bias,
+        None if bias is None else bias.contiguous(),
         P,
         Q,
         add,

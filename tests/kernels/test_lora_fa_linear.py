@@ -67,7 +67,13 @@ def test_ranks(backend, r, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layouts(backend, layout):
     x, weight, bias, A, B = layer(12, 18, 20, 5)
-    check(laid_out(x, layout), weight.T.contiguous().T, bias, A.T.contiguous().T, laid_out(B, "columns"))
+    check(
+        laid_out(x, layout),
+        weight.T.contiguous().T,
+        bias.repeat_interleave(2)[::2],
+        A.T.contiguous().T,
+        laid_out(B, "columns"),
+    )
 
 
 def test_without_bias_and_with_integer_scaling(backend):
