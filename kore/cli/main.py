@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kore.cli import console
 from kore.errors import KoreError
@@ -23,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     if debug:
         words = [word for word in words if word != "--debug"]
-    _quiet_libraries(debug)
     try:
-        return _run(words)
+        with _quiet_libraries(debug):
+            return _run(words)
     except KoreError as error:
         if debug:
             traceback.print_exc()
@@ -61,14 +62,22 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _quiet_libraries(debug: bool) -> None:
-    """Keep other libraries' chatter off the terminal, and let KORE's own warnings through."""
+@contextlib.contextmanager
+def _quiet_libraries(debug: bool) -> Iterator[None]:
+    """Keep other libraries' chatter off the terminal, and show KORE's own log and warnings in one line each."""
+    logger = logging.getLogger("kore")
+    before = logger.handlers, logger.level, logger.propagate, warnings.showwarning
+    logger.handlers, logger.propagate = [console.LogHandler()], False
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.showwarning = console.show_warning
-    logger = logging.getLogger("kore")
-    logger.handlers = [console.LogHandler()]
-    logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    logger.propagate = False
+        if "transformers" in sys.modules:  # too late for the environment
+            sys.modules["transformers"].utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.handlers, level, logger.propagate, warnings.showwarning = before
+        logger.setLevel(level)
