@@ -231,3 +231,9 @@ def test_bf16_keeps_trained_weights_in_float32_and_gives_the_model_back_in_its_d
     assert {name: parameter.dtype for name, parameter in model.named_parameters()} == dtypes
     batch = encoder.collate([encoder.encode(item) for item in pictured(root)])
     assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_the_history_ends_with_the_last_step(root: Path, tmp_path: Path) -> None:
+    model, encoder = prepared("llama", root)
+    result = train(model, encoder, spoken(root), dict(QUICK, max_steps=3, logging_steps=10), tmp_path)
+    assert [entry["step"] for entry in result.history] == [1, 3]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from kore.errors import KoreError
 from kore.models import base_model, projector_name
@@ -43,6 +43,14 @@ class LossBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
 
+class LogLastStep(TrainerCallback):
+    """Makes the history end with the last step, whatever ``logging_steps`` is."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class KoreTrainer(Trainer):
     """Trains what requires a gradient, the multimodal projector at its own learning rate.
 
@@ -54,6 +62,7 @@ class KoreTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        self.add_callback(LogLastStep)
         if config.progress:
             self.add_callback(LossBar)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, in compute_loss
