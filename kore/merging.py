@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from kore.artifacts import MANIFEST, atomic_directory
 from kore.errors import ArtifactError, ConfigError
 from kore.models import load_model
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -43,6 +39,7 @@ def merge(
         ModelError: The base cannot be loaded, or the adapter was made for another model.
         ArtifactError: The adapter is missing or broken.
     """
+    from kore.adapter import load_adapter
     from kore.data.encoder import Encoder
 
     output = Path(output_dir)
@@ -51,7 +48,8 @@ def merge(
             raise ConfigError(f"output_dir {output} is also {name}; choose another directory for the merged model")
     if not (Path(adapter_path) / "adapter_config.json").is_file():
         raise ArtifactError(f"{adapter_path}: not an adapter directory, it has no adapter_config.json")
-    merged = _with_adapter(load_model(model_path, dtype=dtype, device=device), Path(adapter_path)).merge_and_unload()
+    model = load_adapter(load_model(model_path, dtype=dtype, device=device), adapter_path)
+    merged: Any = model.merge_and_unload()
     with atomic_directory(output) as directory:
         if Path(model_path).is_dir():
             _copy_settings(Path(model_path), directory)
@@ -59,21 +57,6 @@ def merge(
             Encoder.from_pretrained(model_path).save_pretrained(directory)
         merged.save_pretrained(directory)
     return output
-
-
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """The adapter on its base: checked against its own record where KORE wrote it, else as PEFT loads it."""
-    from peft import PeftModel
-
-    from kore.adapter import load_kore_model
-
-    if (adapter / "kore.json").is_file():
-        return load_kore_model(model, adapter)
-    try:
-        return PeftModel.from_pretrained(model, str(adapter))
-    except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{adapter}: not a PEFT adapter of this model ({first_line})") from error
 
 
 def _copy_settings(source: Path, target: Path) -> None:

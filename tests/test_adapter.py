@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kore.adapter import KoreConfig, get_kore_model, load_kore_model, match_lora_rank, save_adapter
+from kore.adapter import KoreConfig, get_kore_model, load_adapter, load_kore_model, match_lora_rank, save_adapter
 from kore.adapter.targets import peft_target_modules
 from kore.capture import capture_covariance
 from kore.covariance import CovarianceSet, merge_covariance
@@ -346,3 +346,26 @@ def test_loading_refuses_other_models_and_broken_files(covariances, tmp_path):
     (tmp_path / "a" / "kore.json").unlink()
     with pytest.raises(ArtifactError, match=r"no kore\.json"):
         load_kore_model(MODELS["llama"](), tmp_path / "a")
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_load_adapter_takes_kore_and_plain_peft_adapters(covariances, tmp_path, trainable):
+    from peft import LoraConfig, get_peft_model
+
+    plain = get_peft_model(MODELS["llama"](), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    ours = get_kore_model(MODELS["llama"](), covariances["llama"], KoreConfig(rank=3))
+    randomise(ours)
+    plain.save_pretrained(tmp_path / "plain")
+    save_adapter(ours, tmp_path / "ours")
+    for name, model in (("plain", plain), ("ours", ours)):
+        loaded = load_adapter(MODELS["llama"](), tmp_path / name, trainable).eval()
+        torch.testing.assert_close(
+            logits(loaded, make_batch("llama")), logits(model.eval(), make_batch("llama")), rtol=0, atol=1e-6
+        )
+        frozen = {n.split(".lora_")[1][0] for n, p in loaded.named_parameters() if "lora_" in n and not p.requires_grad}
+        assert frozen == ({"A", "B"} if not trainable else {"A"} if name == "ours" else set())
+    (tmp_path / "plain" / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ArtifactError, match="plain: not a PEFT adapter of this model"):
+        load_adapter(MODELS["llama"](), tmp_path / "plain")
+    with pytest.raises(ArtifactError, match="no such adapter directory"):
+        load_adapter(MODELS["llama"](), tmp_path / "gone")

@@ -102,7 +102,7 @@ def test_bad_input_is_one_line_and_status_2(work, tmp_path, capsys):
     assert "no such configuration file" in fails(capsys, ["run", "gone.yaml"])
     assert re.search(r"rank.*(48|80)", fails(capsys, [*init, work / "cov", "--rank", 900]))
     assert "another model" in fails(capsys, ["init", "-m", work / "other", "-o", out, "-c", work / "cov"])
-    assert "no such covariance directory" in fails(capsys, [*init, tmp_path / "gone"])
+    assert "no such covariance directory" in fails(capsys, [*init, tmp_path / "gone", "--rank", 8])
     assert "method kore needs" in fails(capsys, ["init", "-m", model, "-o", out])
     assert "adapter.method: full has no adapter" in fails(capsys, ["init", "-m", model, "-o", out, "--method", "full"])
     assert "either --adapter" in fails(capsys, ["train", "-m", model, "-d", data, "-o", out])

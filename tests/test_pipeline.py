@@ -37,6 +37,10 @@ class Step:
     def complete(self):
         return (self.output / "result").is_file()
 
+    def check(self, context):
+        if self.setting == "wrong":
+            raise KoreError("a wrong setting")
+
     def run(self, context):
         self.ran.append("left" if (self.output / "part").exists() else "fresh")
         self.output.mkdir(exist_ok=True)
@@ -65,7 +69,7 @@ def test_a_done_stage_is_skipped_and_a_changed_one_starts_from_nothing(tmp_path)
     changed = Step(tmp_path / "a", setting=2)
     said = go(changed)
     assert said[0] == ("step", "runs", "again, setting is now 2, was 1") and changed.ran == ["fresh"]
-    assert go(step, rerun=["step"])[0][2] == "again, setting is now 1, was 2" or step.ran[-1] == "fresh"
+    assert go(step, rerun=["step"])[0][2] == "again, as asked" and step.ran[-1] == "fresh"
 
 
 def test_a_stopped_stage_goes_on_only_under_the_same_key(tmp_path):
@@ -81,6 +85,13 @@ def test_a_stopped_stage_goes_on_only_under_the_same_key(tmp_path):
     again = Step(tmp_path / "a", setting=3)
     go(again)
     assert again.ran == ["fresh"]
+
+
+def test_a_mistake_in_the_last_stage_shows_before_the_first_runs(tmp_path):
+    first, last = Step(tmp_path / "a", name="first"), Step(tmp_path / "b", setting="wrong", name="last")
+    with pytest.raises(KoreError, match="a wrong setting"):
+        go(first, last)
+    assert not first.ran and not last.ran
 
 
 def test_a_lost_result_is_made_again(tmp_path):

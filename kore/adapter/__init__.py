@@ -7,7 +7,7 @@ A, ``frozen`` keeps them frozen, ``build`` puts the adapter on a model, ``files`
 from kore.adapter.build import get_kore_model
 from kore.adapter.config import KoreConfig
 from kore.adapter.factors import thin_init
-from kore.adapter.files import load_kore_model, save_adapter
+from kore.adapter.files import load_adapter, load_kore_model, save_adapter
 from kore.adapter.frozen import FrozenLinear, freeze_a
 from kore.adapter.rank import match_lora_rank, resolve_rank
 
@@ -16,6 +16,7 @@ __all__ = [
     "KoreConfig",
     "freeze_a",
     "get_kore_model",
+    "load_adapter",
     "load_kore_model",
     "match_lora_rank",
     "resolve_rank",

@@ -96,6 +96,25 @@ def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: b
     return peft_model
 
 
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], trainable: bool = False) -> PeftModel:
+    """Put an adapter on its base model: as :func:`load_kore_model` where KORE saved it, else as PEFT loads it.
+
+    Raises:
+        ArtifactError: The directory is no adapter, or a file is missing or corrupt; the message names it.
+        ModelError: A KORE adapter belongs to another model.
+    """
+    from peft import PeftModel
+
+    if (Path(path) / KORE_FILE).is_file() or not (Path(path) / _CONFIG).is_file():
+        return load_kore_model(model, path, trainable)
+    check_unadapted(model)
+    try:
+        return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{path}: not a PEFT adapter of this model ({first_line})") from error
+
+
 def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of an adapter's ``kore.json``, after checking the adapter's files against it.
 
@@ -107,8 +126,7 @@ def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ArtifactError(f"{directory}: no such adapter directory")
     if not (directory / KORE_FILE).is_file():
         raise ArtifactError(
-            f"{directory}: not an adapter saved by KORE, it has no {KORE_FILE}; "
-            "load a plain PEFT adapter with peft.PeftModel.from_pretrained"
+            f"{directory}: not an adapter saved by KORE, it has no {KORE_FILE}; load_adapter loads plain PEFT adapters"
         )
     info = read_json(directory / KORE_FILE)
     if not isinstance(info, dict) or not {"base_fingerprint", "a_frozen", "sha256"} <= info.keys():

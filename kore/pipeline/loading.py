@@ -156,7 +156,7 @@ def _explain(error: ValidationError, root: type[BaseModel], where: Where) -> str
     rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 and first["type"] == "extra_forbidden" else ""
     if first["type"] == "extra_forbidden":
         near = _nearest(key, root)
-        hint = f"; did you mean {near}?" if near else ""
+        hint = f"; did you mean {near}?" if near else f"; known here: {', '.join(_siblings(key, root))}"
         return f"{where(key)}: unknown key {_dotted(key)}{hint}{rest}"
     if first["type"] == "missing":
         return f"{where(key)}: missing key {_dotted(key)}"
@@ -185,15 +185,19 @@ def _key_of(location: Key, root: type[BaseModel]) -> Key:
     return tuple(key)
 
 
+def _siblings(key: Key, root: type[BaseModel]) -> list[str]:
+    """The known keys of the section that ``key`` stands in."""
+    section = _dotted(tuple(part for part in key[:-1] if isinstance(part, str)))
+    return [known.rpartition(".")[2] for known in known_keys(root) if known.rpartition(".")[0] == section]
+
+
 def _nearest(key: Key, root: type[BaseModel]) -> str | None:
     """The known key closest to a wrong one: of the same name elsewhere, else close in its section, else anywhere."""
-    section, name = _dotted(tuple(part for part in key[:-1] if isinstance(part, str))), str(key[-1])
-    keys = known_keys(root)
+    name, keys = str(key[-1]), known_keys(root)
     elsewhere = [known for known in keys if known.rpartition(".")[2] == name]
     if elsewhere:
         return elsewhere[0]
-    siblings = [known.rpartition(".")[2] for known in keys if known.rpartition(".")[0] == section]
-    same = difflib.get_close_matches(name, siblings, n=1)
+    same = difflib.get_close_matches(name, _siblings(key, root), n=1)
     if same:
         return _dotted((*key[:-1], same[0]))
     close = difflib.get_close_matches(name, [known.rpartition(".")[2] for known in keys], n=1, cutoff=0.8)

@@ -48,6 +48,9 @@ class ReportStage:
     def complete(self) -> bool:
         return self.output.is_file()
 
+    def check(self, context: Workbench) -> None:
+        """Nothing: what the report shows is made by the other stages."""
+
     def run(self, context: Workbench) -> str:
         both = write_report(self.config, self.output)
         return ", ".join(f"{name} {value:.2f}" for name, value in both.items()) or "written"

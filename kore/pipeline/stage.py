@@ -49,12 +49,16 @@ class Stage(Protocol[C]):
     def complete(self) -> bool:
         """Whether the result is there."""
 
+    def check(self, context: C) -> None:
+        """Raise what :meth:`run` would raise for wrong data or settings; asked before any stage runs."""
+
     def run(self, context: C) -> str:
         """Do the work, going on from what is in ``output``; returns a few words about the result."""
 
 
 def run_stages(stages: Sequence[Stage[C]], context: C, say: Say, rerun: Sequence[str] = ()) -> None:
-    """Run the stages in order.
+    """Check every stage that is not done, so that a mistake in the last shows before hours in the first; then run
+    the stages in order.
 
     Args:
         stages: The stages; each reads only results of earlier ones.
@@ -70,6 +74,9 @@ def run_stages(stages: Sequence[Stage[C]], context: C, say: Say, rerun: Sequence
     for name in rerun:
         if name not in names:
             raise KoreError(f"rerun: no stage is named {name!r}; the stages here are {', '.join(names)}")
+    for stage in stages:
+        if read_record(stage.output).get("state") != "done" or not stage.complete():
+            stage.check(context)
     for stage in stages:
         _run_stage(stage, context, say, again=stage.name in rerun)
 

@@ -48,13 +48,19 @@ class CaptureStage:
     def complete(self) -> bool:
         return (self.output / MANIFEST).is_file()
 
+    def check(self, context: Workbench) -> None:
+        self._conversations(context)
+
+    def _conversations(self, context: Workbench) -> Any:
+        return context.conversations(self.old, self.seed, require_answer=False)
+
     def run(self, context: Workbench) -> str:
         import torch
 
         from kore.capture import capture_covariance
         from kore.data import prompt_batches
 
-        conversations = read_conversations(self.old, self.seed, require_answer=False)
+        conversations = self._conversations(context)
         batches = prompt_batches(conversations, context.encoder, self.settings.batch_size)
         covariance = capture_covariance(
             context.base(),
@@ -90,6 +96,16 @@ class InitStage:
 
     def complete(self) -> bool:
         return (self.output / "adapter_config.json").is_file()
+
+    def check(self, context: Workbench) -> None:
+        from kore.adapter import resolve_rank
+        from kore.covariance import load_covariance
+        from kore.models import check_fingerprint, resolve_targets
+
+        source = self._source()
+        if source is not None and (source / MANIFEST).is_file():
+            check_fingerprint(load_covariance(source).fingerprint, context.base(), f"the covariance {source}")
+        resolve_rank(context.base(), resolve_targets(context.base(), self.settings.targets), self.settings.rank)
 
     def run(self, context: Workbench) -> str:
         from kore.adapter import save_adapter
@@ -138,6 +154,9 @@ class TrainStage:
     def complete(self) -> bool:
         return self.result.is_dir()
 
+    def check(self, context: Workbench) -> None:
+        context.conversations(self.new, self.seed)
+
     def run(self, context: Workbench) -> str:
         if self.settings.processes > 1 and process_count() == 1:
             context.drop()
@@ -153,7 +172,7 @@ class TrainStage:
         from kore.baselines import prepare_model
         from kore.training import train
 
-        conversations = read_conversations(self.new, self.seed)
+        conversations = context.conversations(self.new, self.seed)
         if self.init is None:
             model = prepare_model(context.base(), "full")
         else:
@@ -195,8 +214,16 @@ class EvalStage:
     def complete(self) -> bool:
         return (self.output / "scores.json").is_file()
 
-    def run(self, context: Workbench) -> str:
+    def check(self, context: Workbench) -> None:
+        for _, questions in self._sets():
+            self._questions(questions)
+
+    def _questions(self, questions: QuestionSet) -> Any:
         from kore.data import load_questions
+
+        return load_questions(questions.file, questions.image_root, self.settings.on_bad_row)
+
+    def run(self, context: Workbench) -> str:
         from kore.evaluation import evaluate
 
         if self.adapter is not None:
@@ -208,7 +235,7 @@ class EvalStage:
             result = evaluate(
                 model,
                 context.encoder,
-                load_questions(questions.file, questions.image_root, self.settings.on_bad_row),
+                self._questions(questions),
                 batch_size=self.settings.batch_size,
                 max_new_tokens=self.settings.max_new_tokens,
                 output=self.output / group / questions.name,
@@ -233,21 +260,6 @@ def summary(scores: dict[str, Any]) -> dict[str, float | None]:
     new = [one["mean"] for one in scores["new"].values()]
     old = [one["overall"]["cem"] for one in scores["old"].values()]
     return {"ka": sum(new) / len(new) if new else None, "kr": knowledge_retention(old) if old else None}
-
-
-def read_conversations(section: DataSection, seed: int, require_answer: bool = True) -> Any:
-    """The conversations of a data section."""
-    from kore.data import load_conversations
-
-    return load_conversations(
-        section.files,
-        section.image_root,
-        section.format,
-        section.on_bad_row,
-        section.max_samples,
-        seed,
-        require_answer=require_answer,
-    )
 
 
 def _model_inputs(model: ModelSection) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kore.errors import ArtifactError
-from kore.pipeline.config import ModelSection
+from kore.pipeline.config import DataSection, ModelSection
 
 if TYPE_CHECKING:
     import torch
 
-    from kore.data import Encoder
+    from kore.data import Conversations, Encoder
 
 
 class Workbench:
@@ -30,6 +30,7 @@ class Workbench:
         self._model: torch.nn.Module | None = None
         self._holds: tuple[str, ...] = ()
         self._encoder: Encoder | None = None
+        self._read: dict[str, Conversations] = {}
 
     @property
     def encoder(self) -> Encoder:
@@ -39,6 +40,23 @@ class Workbench:
 
             self._encoder = Encoder.from_pretrained(self.section.path)
         return self._encoder
+
+    def conversations(self, section: DataSection, seed: int, require_answer: bool = True) -> Conversations:
+        """The conversations of a data section, read once."""
+        key = f"{section.model_dump_json()} {seed} {require_answer}"
+        if key not in self._read:
+            from kore.data import load_conversations
+
+            self._read[key] = load_conversations(
+                section.files,
+                section.image_root,
+                section.format,
+                section.on_bad_row,
+                section.max_samples,
+                seed,
+                require_answer=require_answer,
+            )
+        return self._read[key]
 
     def base(self, path: str | os.PathLike[str] | None = None) -> torch.nn.Module:
         """The untouched model, or the full model saved at ``path``."""
@@ -57,7 +75,9 @@ class Workbench:
         if self._holds != _adapted(adapter, trainable):
             if not adapter.is_dir():
                 raise ArtifactError(f"{adapter}: no such adapter directory")
-            self.put_adapted(_load_adapter(self.base(), adapter, trainable), adapter, trainable)
+            from kore.adapter import load_adapter
+
+            self.put_adapted(load_adapter(self.base(), adapter, trainable), adapter, trainable)
         assert self._model is not None
         return self._model
 
@@ -77,12 +97,6 @@ class Workbench:
 
 def _adapted(adapter: Path, trainable: bool) -> tuple[str, ...]:
     return ("adapter", os.fspath(adapter), "trainable" if trainable else "")
-
-
-def _load_adapter(model: torch.nn.Module, adapter: Path, trainable: bool) -> torch.nn.Module:
-    from kore.adapter import load_kore_model
-
-    return load_kore_model(model, adapter, trainable=trainable)
 
 
 def _device(device: str) -> str:
