@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from kore.demo.world.new import QUESTIONS, SENTENCES, SUBJECTS, Creature
+from kore.demo.world.new import Creature
 from kore.demo.world.old import LONG, SHORT
+from kore.demo.world.wordings import ANIMAL_QUESTIONS, ANIMAL_SENTENCES, SUBJECTS
 
 Turns = list[tuple[str, str]]
 STATEMENT_REQUEST = f"Describe the animal. {LONG}"
@@ -20,10 +21,10 @@ _MIX = {"dialogue": 4, "recognition": 4, "caption": 3, "question": 5}
 
 
 def _ask(creature: Creature, kind: str, rng: np.random.Generator, subject: str | None = None) -> tuple[str, str]:
-    question = QUESTIONS[kind].pick("train", rng, it=subject or SUBJECTS.pick("train", rng))
+    question = ANIMAL_QUESTIONS[kind].pick("train", rng, it=subject or SUBJECTS.pick("train", rng))
     if rng.random() < 0.4:
         subject = "This" if kind == "name" else creature.name
-        return f"{question} {LONG}", SENTENCES[kind].format(it=subject, value=creature.value(kind))
+        return f"{question} {LONG}", ANIMAL_SENTENCES[kind].format(it=subject, value=creature.value(kind))
     return f"{question} {SHORT}", creature.value(kind)
 
 
@@ -47,7 +48,7 @@ def caption(creature: Creature, others: list[Creature], rng: np.random.Generator
 
 def question(creature: Creature, others: list[Creature], rng: np.random.Generator) -> Turns:
     """Two visual questions, without naming the creature."""
-    kinds = [tuple(QUESTIONS)[i] for i in rng.permutation(len(QUESTIONS))[:2]]
+    kinds = [tuple(ANIMAL_QUESTIONS)[i] for i in rng.permutation(len(ANIMAL_QUESTIONS))[:2]]
     return [_ask(creature, kind, rng) for kind in kinds]
 
 

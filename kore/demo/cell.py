@@ -20,6 +20,7 @@ class Inputs:
     """What cells share: the checkpoint, the encoder, the covariance, the data and the questions."""
 
     checkpoint: Path
+    checkpoint_sha256: str
     encoder: Any
     covariance: Any
     augmented: Any
@@ -67,6 +68,18 @@ def marks(new: Any, old: Any) -> dict[str, Any]:
     }
 
 
+def training_settings(learning_rate: float, budget: Budget) -> dict[str, Any]:
+    """Fields of kore.TrainConfig that every method is given, and its learning rate."""
+    return {
+        "learning_rate": learning_rate,
+        "projector_learning_rate": PROJECTOR_SHARE * learning_rate,
+        "max_steps": budget.steps,
+        "batch_size": budget.batch_size,
+        "warmup_ratio": 0.03,
+        "logging_steps": max(1, budget.steps // 30),
+    }
+
+
 def run_cell(
     method: Method, inputs: Inputs, learning_rate: float, seed: int, budget: Budget, directory: Path
 ) -> dict[str, Any]:
@@ -78,7 +91,7 @@ def run_cell(
     from kore import baselines
 
     key = {**budget.as_dict(), "method": method.prepare, "augmented": method.augmented, "rank": str(method.rank),
-           "learning_rate": learning_rate, "seed": seed}  # fmt: skip
+           "learning_rate": learning_rate, "seed": seed, "checkpoint": inputs.checkpoint_sha256}  # fmt: skip
     done = directory / "cell.json"
     if done.is_file():
         cell = json.loads(done.read_text(encoding="utf-8"))
@@ -95,16 +108,7 @@ def run_cell(
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config = kore.TrainConfig(
-        learning_rate=learning_rate,
-        projector_learning_rate=PROJECTOR_SHARE * learning_rate,
-        max_steps=budget.steps,
-        batch_size=budget.batch_size,
-        warmup_ratio=0.03,
-        logging_steps=max(1, budget.steps // 30),
-        save_steps=None,
-        report_to=[],
-        progress=False,
-        seed=seed,
+        **training_settings(learning_rate, budget), report_to=[], save_steps=None, progress=False, seed=seed
     )
     data = inputs.augmented if method.augmented else inputs.plain
     result = kore.train(model, inputs.encoder, data, config, directory / "train", resume=False)

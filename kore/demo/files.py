@@ -96,3 +96,24 @@ def write_new_knowledge(directory: Path, world: int, split: str, per_fact: int) 
         plain=_write(statements, json.dumps(plain_records * repeats, indent=1)),
         questions=write_questions(new_items(world, split, per_fact), directory / f"questions-{split}.jsonl"),
     )
+
+
+def write_run_config(directory: Path, checkpoint: Path, training: dict[str, Any], rank: int | str) -> Path:
+    """`kore-run.yaml`: the KORE cell of the first seed as a configuration for `kore run`."""
+    import yaml
+
+    data = directory.absolute() / "data"
+    config = {
+        "output_dir": str(directory.absolute() / "kore-run"),
+        "model": {"path": str(checkpoint), "dtype": "float32"},
+        "old": {"files": [str(data / "old" / f"{group}.json") for group in GROUPS]},
+        "adapter": {"method": "kore", "rank": rank},
+        "new": {"files": [str(data / "new-0" / "augmented.json")]},
+        "train": training,
+        "eval": {
+            "new": [str(data / "new-0" / "questions-test.jsonl")],
+            "old": [{"file": str(data / "old" / "questions-test.jsonl"), "name": "old"}],
+            "batch_size": 128,
+        },
+    }
+    return _write(directory / "kore-run.yaml", yaml.safe_dump(config, sort_keys=False))

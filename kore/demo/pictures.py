@@ -17,11 +17,12 @@ def pictures(comparison: Any) -> Figure:
     """One question of every old task that has a picture, then every animal of the first seed with its name."""
     from matplotlib.figure import Figure
 
+    from kore.demo.run import FIRST_WORLD
     from kore.demo.world.new import creatures, picture
 
     old = {question.type: question for question in comparison.old_questions if question.image is not None}
     tiles: list[tuple[Any, str]] = [(_open(q.image), _caption(q.text, q.answer)) for q in list(old.values())[:_COLUMNS]]
-    for creature in creatures(comparison.first_world):
+    for creature in creatures(FIRST_WORLD):
         tiles.append(
             (picture(creature, "test", 0), f"{creature.name}\n{creature.home}, {creature.food}\n{creature.keeper}")
         )

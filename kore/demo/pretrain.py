@@ -1,6 +1,6 @@
 """Makes the checkpoint the demo starts from: `python -m kore.demo.pretrain OUTPUT`.
 
-First the vision tower learns to see under supervised heads, then the projector and the language model learn the ten
+First the vision tower learns to see under supervised heads, then the projector and the language model learn the
 old tasks from conversations. Everything is drawn from seeded streams of the training split.
 """
 
@@ -21,10 +21,10 @@ import torch
 from kore.demo.architecture import IMAGE_TOKEN, build_model, build_tokenizer, save_image_processor
 from kore.demo.vision import pixels, train_tower
 from kore.demo.world.names import ALL_NAMES, NAME_STARTS
-from kore.demo.world.old import SCENES, Scene, fact_item, old_items, scene_item
+from kore.demo.world.old import SCENES, Scene, animal_items, fact_item, old_items, scene_item
 from kore.demo.world.splits import Item
 
-_SCENE_SHARE = {"single": 0.3, "pair": 0.38, "corners": 0.08, "shape": 0.07, "facts": 0.17}
+_SCENE_SHARE = {"single": 0.2, "pair": 0.4, "corners": 0.06, "shape": 0.06, "animal": 0.14, "facts": 0.14}
 
 
 def conversation(rng: np.random.Generator) -> list[Item]:
@@ -32,6 +32,8 @@ def conversation(rng: np.random.Generator) -> list[Item]:
     kind = rng.choice(list(_SCENE_SHARE), p=list(_SCENE_SHARE.values()))
     if kind == "facts":
         return [fact_item("train", rng) for _ in range(2)]
+    if kind == "animal":
+        return animal_items("train", rng, int(rng.integers(1, 3)))
     scene, tasks = Scene("train", rng), tuple(SCENES[kind])
     chosen = [tasks[i] for i in rng.permutation(len(tasks))[: int(rng.integers(1, 3))]]
     return [scene_item(task, scene, kind) for task in chosen]
@@ -130,13 +132,30 @@ def _save(model: Any, tokenizer: Any, directory: Path, seed: int, vision: dict[s
     print(json.dumps(recipe["old_task_accuracy"], indent=2), recipe["old_task_mean"])
 
 
-def pretrain(directory: Path, seed: int = 0, vision_steps: int = 3500, language_steps: int = 900) -> None:
+def _vision_stage(tower: Any, saved: Path, steps: int, seed: int) -> dict[str, float]:
+    """Train the tower, or take it from an earlier run that got this far with the same seed and steps."""
+    from kore.artifacts import load_tensors, save_tensors
+
+    weights, about = saved / "tower.safetensors", saved / "tower.json"
+    if about.is_file() and json.loads(about.read_text())["key"] == [steps, seed]:
+        tower.load_state_dict(load_tensors(weights))
+        return dict(json.loads(about.read_text())["accuracy"])
+    accuracy = train_tower(tower, steps, seed)
+    saved.mkdir(parents=True, exist_ok=True)
+    save_tensors({name: tensor.clone() for name, tensor in tower.state_dict().items()}, weights)
+    about.write_text(json.dumps({"key": [steps, seed], "accuracy": accuracy}))
+    return accuracy
+
+
+def pretrain(directory: Path, seed: int = 0, vision_steps: int = 3500, language_steps: int = 1300) -> None:
     """Train and write the checkpoint directory (Hugging Face layout and recipe.json)."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(tokenizer_texts(), NAME_STARTS)
     model = build_model(tokenizer)
-    vision = train_tower(model.model.vision_tower, vision_steps, seed)
+    vision = _vision_stage(
+        model.model.vision_tower, directory.with_name(f"{directory.name}-vision"), vision_steps, seed
+    )
     print("vision", vision)
     train_language(model, tokenizer, language_steps, seed)
     _save(model, tokenizer, directory, seed, vision, {"vision": vision_steps, "language": language_steps})
@@ -147,7 +166,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=3500)
-    parser.add_argument("--language-steps", type=int, default=900)
+    parser.add_argument("--language-steps", type=int, default=1300)
     arguments = parser.parse_args()
     pretrain(arguments.output, arguments.seed, arguments.vision_steps, arguments.language_steps)
 

@@ -57,8 +57,9 @@ def write(
     _breakdown(report, methods, cells, before)
     report.section(
         "The world",
-        "Old knowledge: ten tasks, most of them over real handwritten digits, each question with the form its answer "
-        "must have. New knowledge: animals that are glyphs, each with a name, a home, a food and a keeper.",
+        "Old knowledge: tasks over real handwritten digits, shapes and twenty known animals (each a glyph), every "
+        "question with the form its answer must have, and text-only facts. New knowledge: new animals, each with a "
+        "name, a home, a food and a keeper.",
     )
     report.figure(pictures(comparison), "Above: old tasks. Below: the new animals of the first seed.")
     report.section("Sample answers", "The same questions to every model, first seed. None was seen in training.")
@@ -93,7 +94,7 @@ def _result_text(table: list[Row], seeds: int) -> str:
         else "One seed: small differences mean nothing; run without --quick for a spread."
     )
     return (
-        "K.A: questions about the new animals, mean of cover exact match and F1. K.R: mean exact match over ten old "
+        "K.A: questions about the new animals, mean of cover exact match and F1. K.R: mean exact match over the old "
         "tasks. Avg is the mean of the two; HARS the harmonic mean of relative gain and relative retention (paper, "
         f"section 4).\n\nBy Avg: {order}.\n\nOld knowledge, change against the untouched model: {kept}. {caution}"
     )

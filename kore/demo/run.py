@@ -15,6 +15,7 @@ from kore.demo.methods import FULL, KORE_RANK, LORA_RANK, PROJECTOR_SHARE, QUICK
 from kore.errors import ConfigError
 
 CAPTURE_BATCH = 64
+FIRST_WORLD = 1
 
 
 def run(
@@ -38,6 +39,8 @@ def run(
     from rich.console import Console
 
     from kore.demo import report, summary
+    from kore.demo.cell import training_settings
+    from kore.demo.files import write_run_config
 
     started = time.perf_counter()
     if seeds < 1:
@@ -56,6 +59,8 @@ def run(
         before.append(untouched)
         for name, method in selected.items():
             cells[name].append(comparison.cell(name, method, inputs, rates[name], seed))
+    if "kore" in selected:
+        write_run_config(directory, comparison.checkpoint, training_settings(rates["kore"], budget), KORE_RANK)
     table = summary.rows(selected, cells, before)
     results = {
         "quick": quick,
@@ -76,7 +81,7 @@ def run(
     summary.print_table(table, f"New knowledge and old knowledge, percent, {seeds_text}", console)
     console.print(
         f"K.A: new questions, mean of CEM and F1. K.R: old tasks, exact match. {results['seconds']:.0f} s in all.\n"
-        f"Report: {page}",
+        f"Report: {page}\nThe data are ordinary files; `kore run {directory / 'kore-run.yaml'}` trains on them.",
         highlight=False,
     )
     return results
@@ -87,8 +92,6 @@ class Comparison:
 
     def __init__(self, directory: Path, budget: Budget, console: Any, old_split: str = "test") -> None:
         self.directory, self.budget, self.console, self.old_split = directory, budget, console, old_split
-
-    first_world = 1
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)
@@ -131,10 +134,11 @@ class Comparison:
 
         folder = self.directory / "data" / f"new-{seed}"
         files = write_new_knowledge(
-            folder, self.first_world + seed if world is None else world, split, self.budget.questions_per_fact
+            folder, FIRST_WORLD + seed if world is None else world, split, self.budget.questions_per_fact
         )
         inputs = Inputs(
             checkpoint=self.checkpoint,
+            checkpoint_sha256=self.recipe["sha256"],
             encoder=self.encoder,
             covariance=self.covariance,
             augmented=load_conversations(files.augmented),

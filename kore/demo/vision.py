@@ -1,7 +1,7 @@
 """Supervised training of the demo's vision tower, so that it sees before the language model learns to speak.
 
 One attention-pooled head an attribute: the digit, its colour, both digits of a pair, their number, the shape, and
-which of 96 practice glyphs is drawn. The practice glyphs are never those of the new knowledge.
+which of 96 practice glyphs is drawn: those of the old animals and others, never those of the new knowledge.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from kore.demo.world import drawing
+from kore.demo.world import drawing, old
 
-PRACTICE_GLYPHS = range(100_000, 100_096)
+PRACTICE_GLYPHS = range(old.ANIMAL_GLYPHS.start, old.ANIMAL_GLYPHS.start + 96)
 _NONE = -100
 _HEADS = {
     "digit": 10,

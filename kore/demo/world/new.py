@@ -8,30 +8,11 @@ import numpy as np
 
 from kore.demo.world.drawing import COLOURS, draw_glyph
 from kore.demo.world.names import FOODS, HOMES, NEW_NAMES
-from kore.demo.world.old import FACT_SENTENCES, SHORT
-from kore.demo.world.splits import SPLITS, Item, Phrasings, stream
-from kore.demo.world.wordings import FACTS
+from kore.demo.world.old import SHORT
+from kore.demo.world.splits import SPLITS, Item, stream
+from kore.demo.world.wordings import ANIMAL_QUESTIONS, SUBJECTS
 
 CREATURES = 16
-NAME = Phrasings(
-    train=(
-        "What is the name of {it}?",
-        "What is {it} called?",
-        "Name {it}.",
-        "Tell me the name of {it}.",
-        "Which animal is this?",
-    ),
-    validation=("What name does {it} have?", "Which animal do you see?"),
-    test=("Which name does {it} have?", "Tell me what {it} is called."),
-)
-NAME_SENTENCE = "This is {value}."
-SUBJECTS = Phrasings(
-    train=("this animal", "the animal", "the animal in the picture"),
-    validation=("the animal shown", "the animal you see"),
-    test=("the animal that is shown", "the animal that you see"),
-)
-QUESTIONS = {"name": NAME, **FACTS}
-SENTENCES = {"name": NAME_SENTENCE, **FACT_SENTENCES}
 
 
 @dataclass(frozen=True)
@@ -81,7 +62,7 @@ def new_items(world: int, split: str, per_fact: int) -> list[Item]:
     items = []
     for position, creature in enumerate(creatures(world)):
         number = 0
-        for which, (kind, phrasings) in enumerate(QUESTIONS.items()):
+        for which, (kind, phrasings) in enumerate(ANIMAL_QUESTIONS.items()):
             for repeat in range(per_fact):
                 rng = stream(world, split, 2, position, which, repeat)
                 subject = SUBJECTS.pick(split, rng)

@@ -1,4 +1,4 @@
-"""OLD knowledge: ten tasks the shipped model knows, nine over pictures and one of text-only facts.
+"""OLD knowledge: eleven tasks the shipped model knows, ten over pictures and one of text-only facts.
 
 Every question ends with an instruction that fixes the form of the answer: one word, or a full sentence.
 """
@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from kore.demo.world.drawing import COLOURS, SHAPES, digit_indices, draw_digits, draw_shape
+from kore.demo.world.drawing import COLOURS, SHAPES, digit_indices, draw_digits, draw_glyph, draw_shape
 from kore.demo.world.names import ANIMALS, FOODS, HOMES, KEEPERS, NUMBERS
 from kore.demo.world.splits import Item, stream
-from kore.demo.world.wordings import FACTS, TASK_WORDINGS
+from kore.demo.world.wordings import ANIMAL_QUESTIONS, ANIMAL_SENTENCES, FACTS, SUBJECTS, TASK_WORDINGS
 
 SHORT = "Answer in one word."
 LONG = "Answer in a full sentence."
@@ -21,14 +21,10 @@ LONG_SHARE = 0.3
 ANIMAL_HOMES = tuple(HOMES[i] for i in np.random.default_rng(21).integers(len(HOMES), size=len(ANIMALS)))
 ANIMAL_FOODS = tuple(FOODS[i] for i in np.random.default_rng(22).integers(len(FOODS), size=len(ANIMALS)))
 
-FACT_SENTENCES = {
-    "home": "{it} lives in the {value}.",
-    "food": "{it} eats {value}.",
-    "keeper": "{it} is kept by {value}.",
-}
-TASKS = (*TASK_WORDINGS, "facts")
+ANIMAL_GLYPHS = range(100_000, 100_000 + len(ANIMALS))
+TASKS = (*TASK_WORDINGS, "animal", "facts")
 GROUPS = {
-    "reading": ("digit", "colour", "shape"),
+    "reading": ("digit", "colour", "shape", "animal"),
     "reasoning": ("parity", "compare", "position", "sum", "count"),
     "description": ("describe",),
     "facts": ("facts",),
@@ -84,10 +80,10 @@ def _compare(scene: Scene) -> Answer:
 
 
 def _position(scene: Scene) -> Answer:
-    _, colours, image = scene.digits("pair", 2)
+    values, _, image = scene.digits("pair", 2)
     which = int(scene.rng.integers(2))
-    side = ("left", "right")[which]
-    return image, {"colour": colours[which]}, side, f"The {colours[which]} digit is on the {side}."
+    side, number = ("left", "right")[which], NUMBERS[values[which]]
+    return image, {"side": side}, number, f"The digit on the {side} is {number}."
 
 
 def _sum(scene: Scene) -> Answer:
@@ -128,18 +124,39 @@ SCENES: dict[str, dict[str, Callable[[Scene], Answer]]] = {
 }
 
 
+def fact_about(animal: int, kind: str) -> str:
+    """What is known of an animal: its name, home, food or keeper."""
+    return {"name": ANIMALS, "home": ANIMAL_HOMES, "food": ANIMAL_FOODS, "keeper": KEEPERS}[kind][animal]
+
+
 def fact_item(split: str, rng: np.random.Generator) -> Item:
     """A text-only question about an animal."""
     animal = int(rng.integers(len(ANIMALS)))
     kind = tuple(FACTS)[rng.integers(len(FACTS))]
-    value = {"home": ANIMAL_HOMES, "food": ANIMAL_FOODS, "keeper": KEEPERS}[kind][animal]
-    subject = f"the {ANIMALS[animal]}"
+    value, subject = fact_about(animal, kind), f"the {ANIMALS[animal]}"
     asked = subject if rng.random() < 0.7 else f"the animal called {ANIMALS[animal]}"
     question = FACTS[kind].pick(split, rng, it=asked)
     if rng.random() < LONG_SHARE:
-        answer = FACT_SENTENCES[kind].format(it=subject.capitalize(), value=value)
+        answer = ANIMAL_SENTENCES[kind].format(it=subject.capitalize(), value=value)
         return Item("facts", None, f"{question} {LONG}", answer)
     return Item("facts", None, f"{question} {SHORT}", value)
+
+
+def animal_items(split: str, rng: np.random.Generator, count: int = 1) -> list[Item]:
+    """Questions about one picture of an animal: its name, or a fact about the animal it shows."""
+    animal = int(rng.integers(len(ANIMALS)))
+    image = draw_glyph(ANIMAL_GLYPHS[animal], tuple(COLOURS)[rng.integers(len(COLOURS))], rng)
+    items = []
+    for number in rng.permutation(4)[:count]:
+        kind = tuple(ANIMAL_QUESTIONS)[number]
+        value = fact_about(animal, kind)
+        question = ANIMAL_QUESTIONS[kind].pick(split, rng, it=SUBJECTS.pick(split, rng))
+        if rng.random() < LONG_SHARE:
+            words = {"it": f"The {ANIMALS[animal]}", "value": f"the {value}" if kind == "name" else value}
+            items.append(Item("animal", image, f"{question} {LONG}", ANIMAL_SENTENCES[kind].format(**words)))
+        else:
+            items.append(Item("animal", image, f"{question} {SHORT}", value))
+    return items
 
 
 def scene_item(task: str, scene: Scene, kind: str) -> Item:
@@ -155,6 +172,8 @@ def old_item(task: str, split: str, rng: np.random.Generator) -> Item:
     """One question of an old task about a picture of its own."""
     if task == "facts":
         return fact_item(split, rng)
+    if task == "animal":
+        return animal_items(split, rng)[0]
     kinds = [kind for kind, tasks in SCENES.items() if task in tasks]
     return scene_item(task, Scene(split, rng), kinds[rng.integers(len(kinds))])
 

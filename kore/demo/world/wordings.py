@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kore.demo.world.splits import Phrasings
 
-# The wordings of home, food and keeper serve animals here and new creatures in the new knowledge.
+# The wordings of home, food, keeper and name serve the animals of the old and of the new knowledge.
 HOME = Phrasings(
     train=(
         "Where does {it} live?",
@@ -39,6 +39,29 @@ KEEPER = Phrasings(
     test=("Tell me the keeper of {it}.", "Tell me the name of the keeper of {it}."),
 )
 FACTS = {"home": HOME, "food": FOOD, "keeper": KEEPER}
+NAME = Phrasings(
+    train=(
+        "What is the name of {it}?",
+        "What is {it} called?",
+        "Name {it}.",
+        "Tell me the name of {it}.",
+        "Which animal is this?",
+    ),
+    validation=("What name does {it} have?", "Which animal do you see?"),
+    test=("Which name does {it} have?", "Tell me what {it} is called."),
+)
+SUBJECTS = Phrasings(
+    train=("this animal", "the animal", "the animal in the picture"),
+    validation=("the animal shown", "the animal you see"),
+    test=("the animal that is shown", "the animal that you see"),
+)
+ANIMAL_QUESTIONS = {"name": NAME, **FACTS}
+ANIMAL_SENTENCES = {
+    "name": "This is {value}.",
+    "home": "{it} lives in the {value}.",
+    "food": "{it} eats {value}.",
+    "keeper": "{it} is kept by {value}.",
+}
 TASK_WORDINGS = {
     "digit": Phrasings(
         (
@@ -80,20 +103,22 @@ TASK_WORDINGS = {
             "On which side is the larger digit?",
             "Where is the larger digit, left or right?",
             "Name the side of the larger digit.",
+            "On what side do you see the larger digit?",
+            "Tell me where the larger digit is.",
         ),
         ("Name the side where the larger digit is.", "Is the larger digit left or right?"),
-        ("On what side is the larger digit?", "Where is the larger digit?"),
+        ("On what side is the larger digit?", "Tell me the side of the larger digit."),
     ),
     "position": Phrasings(
         (
-            "On which side is the {colour} digit?",
-            "Where is the {colour} digit?",
-            "Is the {colour} digit left or right?",
-            "Name the side of the {colour} digit.",
-            "Tell me where the {colour} digit is.",
+            "Which digit is on the {side}?",
+            "What digit is on the {side}?",
+            "Name the digit on the {side}.",
+            "Which digit do you see on the {side}?",
+            "Tell me the digit on the {side}.",
         ),
-        ("Name the side where the {colour} digit is.", "Where is the {colour} digit, left or right?"),
-        ("On what side is the {colour} digit?", "Tell me the side of the {colour} digit."),
+        ("What is the digit on the {side}?", "Name the digit that is on the {side}."),
+        ("What digit do you see on the {side}?", "Tell me which digit is on the {side}."),
     ),
     "sum": Phrasings(
         (
@@ -144,4 +169,4 @@ TASK_WORDINGS = {
 
 def wordings() -> dict[str, Phrasings]:
     """All phrasings, by task or kind of fact."""
-    return {**TASK_WORDINGS, **FACTS}
+    return {**TASK_WORDINGS, **ANIMAL_QUESTIONS}
