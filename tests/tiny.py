@@ -34,23 +34,25 @@ SENTENCES = [
 ]
 
 
-def _text_config(kind: str = "llama", **changes):
+TEXT = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=TOKEN["<s>"],
+    eos_token_id=TOKEN["</s>"],
+    pad_token_id=TOKEN["<pad>"],
+    tie_word_embeddings=False,
+)
+
+
+def _text_config(**changes):
     from transformers import LlamaConfig
 
-    values = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=TOKEN["<s>"],
-        eos_token_id=TOKEN["</s>"],
-        pad_token_id=TOKEN["<pad>"],
-        tie_word_embeddings=False,
-    )
-    return LlamaConfig(**{**values, **changes})
+    return LlamaConfig(**{**TEXT, **changes})
 
 
 def tiny_llama(seed: int = 0, **changes):
@@ -92,21 +94,8 @@ def tiny_qwen_vl(seed: int = 0):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(seed)
-    text = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rope_scaling={"type": "mrope", "rope_type": "default", "mrope_section": [2, 2, 2]},
-        rope_theta=10000.0,
-        bos_token_id=TOKEN["<s>"],
-        eos_token_id=TOKEN["<|im_end|>"],
-        pad_token_id=TOKEN["<pad>"],
-        tie_word_embeddings=False,
-    )
+    mrope = {"type": "mrope", "rope_type": "default", "mrope_section": [2, 2, 2]}
+    text = {**TEXT, "eos_token_id": TOKEN["<|im_end|>"], "rope_scaling": mrope, "rope_theta": 10000.0}
     vision = dict(
         depth=2,
         hidden_size=32,
