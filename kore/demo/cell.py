@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from kore.artifacts import atomic_write
 from kore.demo.checkpoint import MAX_NEW_TOKENS, exact_match
-from kore.demo.methods import PROJECTOR_SHARE, Budget, Method
+from kore.demo.methods import PROJECTOR_RATE, Budget, Method
 
 EVALUATION_BATCH = 128
 
@@ -72,7 +73,7 @@ def training_settings(learning_rate: float, budget: Budget) -> dict[str, Any]:
     """Fields of kore.TrainConfig that every method is given, and its learning rate."""
     return {
         "learning_rate": learning_rate,
-        "projector_learning_rate": PROJECTOR_SHARE * learning_rate,
+        "projector_learning_rate": PROJECTOR_RATE,
         "max_steps": budget.steps,
         "batch_size": budget.batch_size,
         "warmup_ratio": 0.03,
@@ -125,3 +126,37 @@ def run_cell(
     }
     atomic_write(done, json.dumps(cell, indent=1))
     return cell
+
+
+def run_in_worker(
+    method: Method,
+    inputs: Inputs,
+    learning_rate: float,
+    seed: int,
+    budget: Budget,
+    directory: Path,
+    covariance: Path,
+) -> dict[str, Any]:
+    """:func:`run_cell` in a process of its own, on one thread; its encoder and covariance are loaded here, once."""
+    import torch
+
+    from kore.demo.comparison import quiet_libraries
+
+    torch.set_num_threads(1)
+    quiet_libraries()
+    inputs = replace(inputs, encoder=_encoder(inputs.checkpoint), covariance=_covariance(covariance))
+    return run_cell(method, inputs, learning_rate, seed, budget, directory)
+
+
+@lru_cache(maxsize=1)
+def _encoder(checkpoint: Path) -> Any:
+    from kore.demo.encoding import CachedEncoder
+
+    return CachedEncoder.from_pretrained(checkpoint)
+
+
+@lru_cache(maxsize=1)
+def _covariance(directory: Path) -> Any:
+    import kore
+
+    return kore.load_covariance(directory)

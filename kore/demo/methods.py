@@ -11,7 +11,7 @@ from kore.errors import ConfigError
 TUNED = Path(__file__).parent / "data" / "tuned.json"
 LORA_RANK = 32
 KORE_RANK = "match-lora-32"
-PROJECTOR_SHARE = 0.1
+PROJECTOR_RATE = 2e-5
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Budget:
         return asdict(self)
 
 
-FULL = Budget(steps=90, batch_size=24, questions_per_fact=3, old_questions_per_task=40)
+FULL = Budget(steps=120, batch_size=24, questions_per_fact=3, old_questions_per_task=40)
 QUICK = Budget(steps=45, batch_size=24, questions_per_fact=2, old_questions_per_task=20)
 
 

@@ -17,7 +17,7 @@ def pictures(comparison: Any) -> Figure:
     """One question of every old task that has a picture, then every animal of the first seed with its name."""
     from matplotlib.figure import Figure
 
-    from kore.demo.run import FIRST_WORLD
+    from kore.demo.comparison import FIRST_WORLD
     from kore.demo.world.new import creatures, picture
 
     old = {question.type: question for question in comparison.old_questions if question.image is not None}

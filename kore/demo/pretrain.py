@@ -24,7 +24,7 @@ from kore.demo.world.names import ALL_NAMES, NAME_STARTS
 from kore.demo.world.old import SCENES, Scene, animal_items, fact_item, old_items, scene_item
 from kore.demo.world.splits import Item
 
-_SCENE_SHARE = {"single": 0.2, "pair": 0.4, "corners": 0.06, "shape": 0.06, "animal": 0.14, "facts": 0.14}
+_SCENE_SHARE = {"single": 0.27, "pair": 0.38, "corners": 0.05, "shape": 0.05, "animal": 0.14, "facts": 0.11}
 
 
 def conversation(rng: np.random.Generator) -> list[Item]:
@@ -85,8 +85,8 @@ def train_language(model: Any, tokenizer: Any, steps: int, seed: int, batch_size
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision_tower" not in name)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=2.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, total_steps=steps, pct_start=0.05)
     started = time.perf_counter()
     for step in range(steps):
         loss = model(**_batch(batch_size, rng, tokenizer, model.config.image_seq_length)).loss
@@ -147,7 +147,7 @@ def _vision_stage(tower: Any, saved: Path, steps: int, seed: int) -> dict[str, f
     return accuracy
 
 
-def pretrain(directory: Path, seed: int = 0, vision_steps: int = 3500, language_steps: int = 1300) -> None:
+def pretrain(directory: Path, seed: int = 0, vision_steps: int = 3500, language_steps: int = 1600) -> None:
     """Train and write the checkpoint directory (Hugging Face layout and recipe.json)."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=3500)
-    parser.add_argument("--language-steps", type=int, default=1300)
+    parser.add_argument("--language-steps", type=int, default=1600)
     arguments = parser.parse_args()
     pretrain(arguments.output, arguments.seed, arguments.vision_steps, arguments.language_steps)
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kore.demo.methods import KORE_RANK, LORA_RANK, PROJECTOR_SHARE, TUNED, Method
+from kore.demo.methods import KORE_RANK, LORA_RANK, PROJECTOR_RATE, TUNED, Method
 from kore.demo.pictures import pictures
 from kore.demo.summary import COLUMNS, UNTOUCHED, Row, best
 
@@ -182,7 +182,7 @@ def _leaks(comparison: Any, methods: dict[str, Method]) -> dict[str, dict[str, f
     from kore import analysis
     from kore.data import prompt_batches
     from kore.demo.cell import load_start
-    from kore.demo.run import CAPTURE_BATCH
+    from kore.demo.comparison import CAPTURE_BATCH
 
     model = load_start(comparison.checkpoint)
     held_out = {
@@ -210,7 +210,7 @@ def _setting(report: Any, comparison: Any) -> None:
             "old knowledge": f"{len(recipe['old_task_accuracy']['test'])} tasks, "
             f"{recipe['old_task_mean']['test']:.3f} exact match when shipped",
             "budget": f"{budget.steps} steps of {budget.batch_size} conversations, cosine, warm-up 0.03",
-            "learning rates": f"per method, {tuned['rule']}; projector at {PROJECTOR_SHARE:g} of it",
+            "learning rates": f"per method, {tuned['rule']}; projector at {PROJECTOR_RATE:g} for all",
             "validation worlds": ", ".join(map(str, tuned["worlds"])),
             "ranks": f"LoRA {LORA_RANK}; KORE {comparison.rank} ({KORE_RANK}: as many trained parameters)",
             "Full-FT": "language model and projector trained; vision tower frozen",

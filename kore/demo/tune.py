@@ -22,7 +22,7 @@ RULE = (
     "the rate 0.001 · 2^k with the highest Avg on the validation worlds; neighbours are tried until the best rate "
     "has both of its own measured"
 )
-_START = {"full": 0, "lora": 2, "kore": 4, "kore-no-constraint": 4, "kore-no-augmentation": 4}
+_START = {"full": -1, "lora": 1, "kore": 6, "kore-no-constraint": 3, "kore-no-augmentation": 5}
 
 
 def rate(k: int) -> float:
@@ -45,7 +45,7 @@ def tune(directory: Path, worlds: tuple[int, ...], methods: list[str], budget: B
     """Choose the rates, resumably, and return what `tuned.json` holds."""
     from rich.console import Console
 
-    from kore.demo.run import Comparison, quiet_libraries
+    from kore.demo.comparison import Comparison, quiet_libraries
 
     quiet_libraries()
     comparison = Comparison(directory, budget, Console(), old_split="validation")

@@ -12,7 +12,7 @@ from kore.demo.world.old import SHORT
 from kore.demo.world.splits import SPLITS, Item, stream
 from kore.demo.world.wordings import ANIMAL_QUESTIONS, SUBJECTS
 
-CREATURES = 16
+CREATURES = 10
 
 
 @dataclass(frozen=True)

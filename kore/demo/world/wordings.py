@@ -46,9 +46,10 @@ NAME = Phrasings(
         "Name {it}.",
         "Tell me the name of {it}.",
         "Which animal is this?",
+        "What name does {it} have?",
     ),
-    validation=("What name does {it} have?", "Which animal do you see?"),
-    test=("Which name does {it} have?", "Tell me what {it} is called."),
+    validation=("Which animal do you see?", "What animal is this?"),
+    test=("What animal is in the picture?", "Tell me which animal this is."),
 )
 SUBJECTS = Phrasings(
     train=("this animal", "the animal", "the animal in the picture"),
@@ -150,8 +151,8 @@ TASK_WORDINGS = {
             "Tell me what you see.",
             "What is shown in the picture?",
         ),
-        ("Describe what you see.", "What is shown?"),
-        ("Tell me what is in the picture.", "What do you see in the picture?"),
+        ("Describe what you see.", "Describe what is shown."),
+        ("Describe what is in the picture.", "Describe this picture."),
     ),
     "shape": Phrasings(
         (

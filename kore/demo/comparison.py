@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from kore.artifacts import atomic_write
-from kore.demo.methods import FULL, KORE_RANK, LORA_RANK, PROJECTOR_SHARE, QUICK, Budget, chosen, tuned_learning_rates
+from kore.demo.methods import (
+    FULL,
+    KORE_RANK,
+    LORA_RANK,
+    PROJECTOR_RATE,
+    QUICK,
+    Budget,
+    Method,
+    chosen,
+    tuned_learning_rates,
+)
+from kore.environment import environment
 from kore.errors import ConfigError
 
 CAPTURE_BATCH = 64
@@ -52,13 +65,9 @@ def run(
     quiet_libraries()
     comparison = Comparison(directory, budget, console)
     comparison.prepare()
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in selected}
-    before = []
-    for seed in range(count):
-        inputs, untouched = comparison.world(seed)
-        before.append(untouched)
-        for name, method in selected.items():
-            cells[name].append(comparison.cell(name, method, inputs, rates[name], seed))
+    worlds = [comparison.world(seed) for seed in range(count)]
+    before = [untouched for _, untouched in worlds]
+    cells = comparison.cells(selected, rates, [inputs for inputs, _ in worlds])
     if "kore" in selected:
         write_run_config(directory, comparison.checkpoint, training_settings(rates["kore"], budget), KORE_RANK)
     table = summary.rows(selected, cells, before)
@@ -68,11 +77,11 @@ def run(
         "budget": budget.as_dict(),
         "ranks": {"lora": LORA_RANK, "kore": comparison.rank},
         "learning_rates": {name: rates[name] for name in selected},
-        "projector_learning_rate_share": PROJECTOR_SHARE,
+        "projector_learning_rate": PROJECTOR_RATE,
         "table": summary.as_json(table),
         "before": before,
         "cells": cells,
-        "machine": {"python": platform.python_version(), "cores": os.cpu_count()},
+        "environment": environment(),
     }
     page = report.write(directory / "report.html", comparison, selected, cells, before, table)
     results["seconds"] = time.perf_counter() - started
@@ -154,14 +163,51 @@ class Comparison:
         self.say(f"seed {seed}: untouched model, K.A {untouched['ka']:.1f}, K.R {untouched['kr']:.1f}")
         return inputs, untouched
 
-    def cell(self, name: str, method: Any, inputs: Any, rate: float, seed: int) -> dict[str, Any]:
+    def cell(self, name: str, method: Method, inputs: Any, rate: float, seed: int) -> dict[str, Any]:
+        """One cell, in this process."""
         from kore.demo.cell import run_cell
 
         with self.console.status(f"seed {seed}: training {method.label}"):
             cell = run_cell(method, inputs, rate, seed, self.budget, self.directory / f"seed-{seed}" / name)
+        self._say_cell(method, seed, cell)
+        return cell
+
+    def cells(
+        self, methods: dict[str, Method], rates: dict[str, float], inputs: list[Any]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Every method on every seed's inputs, one cell a core: the model is too small to gain from more threads."""
+        from kore.demo.cell import run_in_worker
+
+        jobs = [(name, seed) for seed in range(len(inputs)) for name in methods]
+        workers = min(len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 4)
+        done: dict[tuple[str, int], dict[str, Any]] = {}
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        try:
+            futures = {
+                pool.submit(
+                    run_in_worker,
+                    methods[name],
+                    replace(inputs[seed], encoder=None, covariance=None),
+                    rates[name],
+                    seed,
+                    self.budget,
+                    self.directory / f"seed-{seed}" / name,
+                    self.directory / "covariance",
+                ): (name, seed)
+                for name, seed in jobs
+            }
+            with self.console.status(f"training and asking {len(jobs)} models, {workers} at a time"):
+                for future in as_completed(futures):
+                    name, seed = futures[future]
+                    done[name, seed] = future.result()
+                    self._say_cell(methods[name], seed, done[name, seed])
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return {name: [done[name, seed] for seed in range(len(inputs))] for name in methods}
+
+    def _say_cell(self, method: Method, seed: int, cell: dict[str, Any]) -> None:
         how = "done before" if cell.get("skipped") else f"{cell['train_seconds']:.0f} + {cell['eval_seconds']:.0f} s"
         self.say(f"seed {seed}: {method.label}, K.A {cell['ka']:.1f}, K.R {cell['kr']:.1f} ({how})")
-        return cell
 
 
 def quiet_libraries() -> None:
