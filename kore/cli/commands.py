@@ -22,7 +22,7 @@ def demo(
 
     Example: `kore demo --quick`
     """
-    from kore.demo.run import run as run_demo
+    from kore.demo.comparison import run as run_demo
 
     chosen = [name.strip() for name in methods.split(",")] if methods else None
     run_demo(output, quick=quick, seeds=seeds, methods=chosen)
