@@ -35,3 +35,9 @@ def test_the_python_example_runs_and_its_adapter_loads_in_stock_peft(tmp_path, m
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http|#)([^)#]+)", README))
 def test_links_lead_to_files(link):
     assert (ROOT / link).exists()
+
+
+def test_tables_are_those_of_the_stored_results():
+    from benchmarks.readme_tables import rewritten
+
+    assert rewritten(README) == README
