@@ -39,6 +39,8 @@ def run(
 ) -> dict[str, Any]:
     """Compare Full-FT, LoRA, KORE, KORE without constraint and KORE without augmentation on a small real LLaVA.
 
+    The cells run in processes of their own, so a script that calls this needs an `if __name__ == "__main__":` guard.
+
     Args:
         output_dir: Everything is written here: the data as LLaVA JSON and PNG, the covariance, the adapters, the
             answers, `results.json` and `report.html`. Cells (method, seed) that are done there are not run again.
