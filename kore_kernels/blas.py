@@ -39,8 +39,8 @@ def describe() -> str:
     return f"syrk of SciPy's BLAS{threads}"
 
 
-def syrk(C: Tensor, x: Tensor, alpha: float) -> None:
-    """Lower triangle of ``C += alpha * xᵀ x`` in place; C (d, d) contiguous, x (N, d).
+def syrk(C: Tensor, x: Tensor, alpha: float, triangle: str) -> None:
+    """One triangle of ``C += alpha * xᵀ x`` in place; C (d, d) contiguous, x (N, d).
 
     As many threads as torch uses, where the BLAS lets itself be told.
     """
@@ -50,9 +50,10 @@ def syrk(C: Tensor, x: Tensor, alpha: float) -> None:
     real = _REAL[C.dtype][1]
     d, n = C.shape[0], x.shape[0]
     # BLAS is column-major: it sees Cᵀ, whose upper triangle is the lower one of C.
+    uplo = b"U" if triangle == "lower" else b"L"
     with _threads(torch.get_num_threads()):
         routine(
-            b"U", trans, _int(d), _int(n), ctypes.byref(real(alpha)), x.data_ptr(), _int(ld),
+            uplo, trans, _int(d), _int(n), ctypes.byref(real(alpha)), x.data_ptr(), _int(ld),
             ctypes.byref(real(1.0)), C.data_ptr(), _int(d),
         )  # fmt: skip
 

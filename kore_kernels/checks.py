@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Triangle = Literal["lower", "upper"]
 
 
 def is_tensor(op: str, name: str, value: object) -> None:
@@ -40,6 +43,11 @@ def square_matrix(op: str, C: object) -> None:
         raise ValueError(f"{op}: C must be contiguous, got strides {C.stride()} for shape {tuple(C.shape)}")
     if C.requires_grad:
         raise ValueError(f"{op}: C is written in place and must not require grad; pass C.detach()")
+
+
+def triangle(op: str, value: object) -> None:
+    if value not in ("lower", "upper"):
+        raise ValueError(f"{op}: triangle must be 'lower' or 'upper', got {value!r}")
 
 
 def frozen(op: str, name: str, tensor: Tensor) -> None:

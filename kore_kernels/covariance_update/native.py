@@ -15,12 +15,14 @@ from kore_kernels import blas
 from kore_kernels.covariance_update.configs import NATIVE
 
 
-def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor) -> None:
+def covariance_update(
+    C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor, triangle: str
+) -> None:
     alpha = float(alpha)
     if mask is not None and bool(mask.all()):
         mask = None
     if mask is None and weight is None and x.dtype == C.dtype and (blas.can_syrk(C, x) or not blas.available()):
-        _add_gram(C, x, alpha)
+        _add_gram(C, x, alpha, triangle)
         return
     for sign, index in _signed_rows(mask, weight):
         for start, rows in _chunks(x, index, NATIVE.chunk_rows(C.shape[0])):
@@ -28,7 +30,7 @@ def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor 
             if weight is not None:
                 picked = slice(start, start + len(rows)) if index is None else index[start : start + len(rows)]
                 chunk = chunk * weight[picked].to(C.dtype).abs().sqrt().unsqueeze(1)
-            _add_gram(C, chunk.contiguous(), sign * alpha)
+            _add_gram(C, chunk.contiguous(), sign * alpha, triangle)
 
 
 def _signed_rows(mask: Tensor | None, weight: Tensor | None) -> Iterator[tuple[float, Tensor | None]]:
@@ -48,11 +50,12 @@ def _chunks(x: Tensor, index: Tensor | None, size: int) -> Iterator[tuple[int, T
         yield start, x[start:stop] if index is None else x[index[start:stop]]
 
 
-def _add_gram(C: Tensor, x: Tensor, alpha: float) -> None:
-    """Lower triangle of C += alpha * xᵀx. BLAS skips the product at alpha = 0, and with it a NaN: torch does not."""
+def _add_gram(C: Tensor, x: Tensor, alpha: float, triangle: str) -> None:
+    """One triangle of C += alpha * xᵀx. BLAS skips the product at alpha = 0, and with it a NaN: torch does not."""
     if alpha != 0.0 and blas.can_syrk(C, x):
-        blas.syrk(C, x, alpha)
+        blas.syrk(C, x, alpha, triangle)
         return
+    C = C if triangle == "lower" else C.T
     d, block = C.shape[0], NATIVE.block
     for low in range(0, d, block):
         high = min(low + block, d)

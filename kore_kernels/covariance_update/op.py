@@ -15,12 +15,20 @@ _FLOATS = (*_INPUT_DTYPES, torch.float64)
 
 
 def covariance_update_(
-    C: Tensor, x: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None, alpha: float | Tensor = 1.0
+    C: Tensor,
+    x: Tensor,
+    *,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    alpha: float | Tensor = 1.0,
+    triangle: checks.Triangle = "lower",
 ) -> Tensor:
-    """Lower triangle of ``C += alpha * Σ_i w_i x_iᵀ x_i``, in place: the uncentred covariance of the rows of ``x``.
+    """One triangle of ``C += alpha * Σ_i w_i x_iᵀ x_i``, in place: the uncentred covariance of the rows of ``x``.
 
     This is the accumulation step of the covariance of KORE (arXiv 2510.19316, the matrix ``X Xᵀ`` of its constraint).
-    The strict upper triangle is neither read nor written; ``symmetrize_`` fills it when the sum is complete.
+    The other half is neither read nor written; ``symmetrize_`` fills it when the sum is complete. Because of that, two
+    matrices fit into one contiguous ``buffer`` (d + 1, d): one in the lower triangle of ``buffer[1:]``, one in the
+    upper triangle of ``buffer[:d]``.
 
     Args:
         C: (d, d), float32 or float64, contiguous. The only tensor that is written.
@@ -29,6 +37,7 @@ def covariance_update_(
         mask: (...) bool, True keeps the row. What an excluded row holds, NaN and inf included, has no influence.
         weight: (...) row weights, any floating dtype and any sign.
         alpha: a number, or a 0-d floating tensor on x's device, which is read there, without host synchronisation.
+        triangle: "lower" updates C[i, j] for i >= j, "upper" for i <= j.
 
     Returns:
         C.
@@ -40,11 +49,12 @@ def covariance_update_(
     native and Triton backends. No gradient flows through this function.
     """
     _check(C, x, mask, weight, alpha)
+    checks.triangle(_OP, triangle)
     weight = None if weight is None else weight.detach()
     if isinstance(alpha, Tensor):
-        torch.ops.kore.covariance_update_(C, x.detach(), mask, weight, 1.0, alpha.detach())
+        torch.ops.kore.covariance_update_(C, x.detach(), mask, weight, 1.0, alpha.detach(), triangle)
     else:
-        torch.ops.kore.covariance_update_(C, x.detach(), mask, weight, float(alpha), None)
+        torch.ops.kore.covariance_update_(C, x.detach(), mask, weight, float(alpha), None, triangle)
     return C
 
 
@@ -72,10 +82,17 @@ def _check(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alp
 @torch.library.custom_op(
     "kore::covariance_update_",
     mutates_args=("C",),
-    schema="(Tensor(a!) C, Tensor x, Tensor? mask, Tensor? weight, float alpha, Tensor? alpha_tensor) -> ()",
+    schema="(Tensor(a!) C, Tensor x, Tensor? mask, Tensor? weight, float alpha, Tensor? alpha_tensor,"
+    " str triangle) -> ()",
 )
 def _covariance_update(
-    C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float, alpha_tensor: Tensor | None
+    C: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    alpha: float,
+    alpha_tensor: Tensor | None,
+    triangle: str,
 ) -> None:
     if x.numel() == 0:
         return
@@ -87,9 +104,10 @@ def _covariance_update(
             None if mask is None else mask.reshape(-1),
             None if weight is None else weight.reshape(-1),
             alpha if alpha_tensor is None else alpha_tensor,
+            triangle,
         )
 
 
 @_covariance_update.register_fake
-def _(C, x, mask, weight, alpha, alpha_tensor) -> None:
+def _(C, x, mask, weight, alpha, alpha_tensor, triangle) -> None:
     return None

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor) -> None:
-    """C[i, j] += alpha * Σ_n w_n x[n, i] x[n, j] for i >= j; x (N, d), mask and weight (N,).
+def covariance_update(
+    C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor, triangle: str
+) -> None:
+    """C[i, j] += alpha * Σ_n w_n x[n, i] x[n, j] for i >= j (lower) or i <= j (upper); x (N, d), mask and weight (N,).
 
     Excluded rows are replaced by zeros, not multiplied by them, so that what they hold (NaN, inf) does not matter.
     """
@@ -16,5 +18,6 @@ def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor 
     if mask is not None:
         rows = torch.where(mask.unsqueeze(1), rows, 0.0)
         weighted = torch.where(mask.unsqueeze(1), weighted, 0.0)
-    lower = torch.ones_like(C, dtype=torch.bool).tril()
-    C.copy_(torch.where(lower, C + alpha * (weighted.T @ rows), C))
+    everywhere = torch.ones_like(C, dtype=torch.bool)
+    half = everywhere.tril() if triangle == "lower" else everywhere.triu()
+    C.copy_(torch.where(half, C + alpha * (weighted.T @ rows), C))

@@ -1,8 +1,8 @@
 """covariance_update_ on NVIDIA GPUs.
 
-One program owns one tile of the lower triangle of C: it sums over all rows of x in float32 registers and adds the
+One program owns one tile of the triangle of C: it sums over all rows of x in float32 registers and adds the
 result to C in place, so nothing is allocated and the sum is the same in every run. Only tiles of the triangle are
-launched; a tile on the diagonal is masked, so the strict upper triangle is neither read nor written.
+launched; a tile on the diagonal is masked, so the other half is neither read nor written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from kore_kernels.covariance_update import configs
 from kore_kernels.triangle import lower_tile
 
 
-def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor) -> None:
+def covariance_update(
+    C: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    alpha: float | Tensor,
+    triangle: str = "lower",
+) -> None:
     n, d = x.shape
     # A weighted two-byte row no longer fits in two bytes: it is multiplied as float32.
     dot_dtype = tl.float32 if weight is not None else gpu.dot_dtype(x)
@@ -41,6 +48,7 @@ def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor 
         0 if mask is None else mask.stride(0),
         0 if weight is None else weight.stride(0),
         tiles,
+        UPPER=triangle == "upper",
         DOT=dot_dtype,
         BLOCK=config.block,
         BLOCK_N=config.block_n,
@@ -64,11 +72,14 @@ def _covariance(
     stride_mask,
     stride_weight,
     tiles,
+    UPPER: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     tile_i, tile_j = lower_tile(tl.program_id(0), tiles)
+    if UPPER:
+        tile_i, tile_j = tile_j, tile_i
     i = tile_i * BLOCK + tl.arange(0, BLOCK)
     j = tile_j * BLOCK + tl.arange(0, BLOCK)
     x_i = X + i.to(tl.int64)[None, :] * stride_column
@@ -88,6 +99,9 @@ def _covariance(
         total = tl.dot(tl.trans(left), right, total, input_precision="tf32x3")
     if ALPHA is not None:
         alpha = tl.load(ALPHA).to(tl.float32)
-    lower = (i[:, None] >= j[None, :]) & (i < d)[:, None]
+    if UPPER:
+        half = (i[:, None] <= j[None, :]) & (j < d)[None, :]
+    else:
+        half = (i[:, None] >= j[None, :]) & (i < d)[:, None]
     cells = C + i.to(tl.int64)[:, None] * d + j[None, :]
-    tl.store(cells, tl.load(cells, mask=lower, other=0.0) + alpha * total, mask=lower)
+    tl.store(cells, tl.load(cells, mask=half, other=0.0) + alpha * total, mask=half)

@@ -8,7 +8,8 @@ from torch import Tensor
 from kore_kernels.symmetrize.configs import NATIVE_BLOCK
 
 
-def symmetrize(C: Tensor) -> None:
+def symmetrize(C: Tensor, triangle: str) -> None:
+    C = C if triangle == "lower" else C.T
     d = C.shape[0]
     for low in range(0, d, NATIVE_BLOCK):
         high = min(low + NATIVE_BLOCK, d)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 
-def symmetrize(C: Tensor) -> None:
-    """C[i, j] = C[j, i] for i < j."""
-    lower = torch.ones_like(C, dtype=torch.bool).tril()
-    C.copy_(torch.where(lower, C, C.T))
+def symmetrize(C: Tensor, triangle: str) -> None:
+    """C[i, j] = C[j, i] for i < j (lower) or i > j (upper)."""
+    everywhere = torch.ones_like(C, dtype=torch.bool)
+    kept = everywhere.tril() if triangle == "lower" else everywhere.triu()
+    C.copy_(torch.where(kept, C, C.T))

@@ -17,14 +17,18 @@ LARGER_THAN_A_BLOCK = [] if INTERPRETER else [(700, 300), (2100, 521)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def start(d: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A running sum: random below the diagonal, NaN above, where nobody may look."""
+def half(matrix: torch.Tensor, triangle: str) -> torch.Tensor:
+    return matrix.tril() if triangle == "lower" else matrix.triu()
+
+
+def start(d: int, dtype: torch.dtype = torch.float32, triangle: str = "lower") -> torch.Tensor:
+    """A running sum: random in its triangle, NaN in the other, where nobody may look."""
     C = torch.randn(d, d, dtype=dtype)
-    return torch.where(torch.ones(d, d, dtype=torch.bool).tril(), C, torch.nan)
+    return torch.where(half(torch.ones(d, d, dtype=torch.bool), triangle), C, torch.nan)
 
 
-def exact_and_plain(C, x, mask=None, weight=None, alpha=1.0):
-    """The lower triangle in float64, and as one PyTorch expression in C's dtype."""
+def exact_and_plain(C, x, mask=None, weight=None, alpha=1.0, triangle="lower"):
+    """The triangle in float64, and as one PyTorch expression in C's dtype."""
     rows = x.reshape(-1, x.shape[-1])
     kept = rows if mask is None else rows[mask.reshape(-1)]
     w = torch.ones(len(rows)) if weight is None else weight.reshape(-1)
@@ -32,17 +36,19 @@ def exact_and_plain(C, x, mask=None, weight=None, alpha=1.0):
     results = []
     for dtype in (torch.float64, C.dtype):
         k = kept.to(dtype)
-        results.append((C.to(dtype).tril().nan_to_num() + float(alpha) * (k * w.to(dtype)[:, None]).T @ k).tril())
+        before = half(C.to(dtype), triangle).nan_to_num()
+        results.append(half(before + float(alpha) * (k * w.to(dtype)[:, None]).T @ k, triangle))
     return results
 
 
 def check(C, x, **options):
+    triangle = options.get("triangle", "lower")
     before, x_before = C.clone(), x.clone()
     exact, plain = exact_and_plain(C, x, **options)
     assert kk.covariance_update_(C, x, **options) is C
-    assert_accurate(C.tril(), plain, exact, x.numel() // max(1, x.shape[-1]))
-    strict_upper = torch.ones_like(C, dtype=torch.bool).triu(1)
-    assert torch.equal(bits(C)[strict_upper], bits(before)[strict_upper])
+    assert_accurate(half(C, triangle), plain, exact, x.numel() // max(1, x.shape[-1]))
+    other = ~half(torch.ones_like(C, dtype=torch.bool), triangle)
+    assert torch.equal(bits(C)[other], bits(before)[other])
     assert torch.equal(bits(x), bits(x_before))
 
 
@@ -72,6 +78,28 @@ def test_mask_weight_and_alpha(backend, dtype, weighted, masked):
         weight[~mask] = torch.nan
     for alpha in (1.0, -0.37, torch.tensor(0.25), torch.tensor(2.0, dtype=torch.bfloat16)):
         check(start(41), x, mask=mask, weight=weight, alpha=alpha)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d"), [(5, 17), (131, 97), *LARGER_THAN_A_BLOCK])
+def test_upper_triangle(backend, n, d, dtype):
+    x, mask = torch.randn(n, d).to(dtype), torch.rand(n) > 0.3
+    check(start(d, triangle="upper"), x, triangle="upper")
+    check(start(d, triangle="upper"), x, triangle="upper", mask=mask, weight=torch.randn(n), alpha=-0.5)
+
+
+def test_two_matrices_in_one_buffer(backend):
+    """As capture packs them: each stays apart from the other, and together they fill (d + 1, d)."""
+    d = 45
+    buffer, x, y = torch.zeros(d + 1, d), torch.randn(60, d), torch.randn(70, d)
+    for _ in range(2):
+        kk.covariance_update_(buffer[1:], x, triangle="lower")
+        kk.covariance_update_(buffer[:d], y, triangle="upper")
+    first = kk.covariance_update_(kk.covariance_update_(torch.zeros(d, d), x), x)
+    second = kk.covariance_update_(torch.zeros(d, d), y, triangle="upper")
+    kk.covariance_update_(second, y, triangle="upper")
+    assert torch.equal(buffer[1:].tril(), first)
+    assert torch.equal(buffer[:d].triu(), second)
 
 
 @pytest.mark.parametrize("strided", ["mask", "weight"])
@@ -142,6 +170,7 @@ class TestNative:
         monkeypatch.setattr(blas, "_routine", lambda dtype: None)
         for layout in LAYOUTS:
             check(start(530), laid_out(torch.randn(60, 530), layout))
+        check(start(530, triangle="upper"), torch.randn(60, 530), triangle="upper")
         check(start(33), torch.randn(90, 33).bfloat16(), weight=torch.randn(90), mask=torch.rand(90) > 0.5)
         assert "not available" in kk.backends()["native"].detail
 
@@ -176,7 +205,7 @@ class TestNative:
 
         C, x = torch.zeros(d, d), torch.randn(40, d).to(dtype)
         with Sizes():
-            native.covariance_update(C, x, None, None, 1.0)
+            native.covariance_update(C, x, None, None, 1.0, "lower")
         assert largest <= max(x.numel(), configs.NATIVE.block * d)
 
     @pytest.mark.skipif(not blas.available() or blas._openblas() is None, reason="needs SciPy's OpenBLAS")
@@ -215,6 +244,7 @@ def _bad(**changes):
         (_bad(alpha="1"), TypeError, "alpha must be a number"),
         (_bad(alpha=torch.ones(1)), ValueError, r"alpha must have shape \(\)"),
         (_bad(alpha=torch.tensor(1)), TypeError, "alpha must be"),
+        (_bad(triangle="L"), ValueError, "triangle must be 'lower' or 'upper', got 'L'"),
     ],
 )
 def test_bad_input_names_the_argument_and_leaves_C(arguments, error, message):
@@ -228,8 +258,8 @@ def test_bad_input_names_the_argument_and_leaves_C(arguments, error, message):
 def test_opcheck():
     op = torch.ops.kore.covariance_update_.default
     x, mask, weight = torch.randn(9, 5), torch.rand(9) > 0.5, torch.rand(9)
-    torch.library.opcheck(op, (torch.zeros(5, 5), x, None, None, 0.5, None))
-    torch.library.opcheck(op, (torch.zeros(5, 5), x, mask, weight, 1.0, torch.tensor(0.5)))
+    torch.library.opcheck(op, (torch.zeros(5, 5), x, None, None, 0.5, None, "lower"))
+    torch.library.opcheck(op, (torch.zeros(5, 5), x, mask, weight, 1.0, torch.tensor(0.5), "upper"))
 
 
 def test_compiles_into_one_graph():

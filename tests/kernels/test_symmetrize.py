@@ -1,4 +1,4 @@
-"""symmetrize_: the upper triangle becomes the mirror of the lower, which stays as it is, bit for bit."""
+"""symmetrize_: one triangle becomes the mirror of the other, which stays as it is, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ SIZES = [0, 1, 2, 31, 32, 33, 97, *([] if INTERPRETER else [NATIVE_BLOCK, NATIVE
 DTYPES = [torch.float32] if INTERPRETER else [torch.float32, torch.float64]
 
 
+@pytest.mark.parametrize("triangle", ["lower", "upper"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", SIZES)
-def test_mirrors_the_lower_triangle(backend, d, dtype):
+def test_mirrors_a_triangle(backend, d, dtype, triangle):
     C = torch.randn(d, d, dtype=dtype)
     if d > 2:
         C[2, 0], C[2, 1], C[1, 0] = torch.nan, torch.inf, -0.0
-    lower = torch.ones(d, d, dtype=torch.bool).tril()
+        C[0, 2], C[1, 2], C[0, 1] = torch.nan, torch.inf, -0.0
+    everywhere = torch.ones(d, d, dtype=torch.bool)
+    kept = everywhere.tril() if triangle == "lower" else everywhere.triu()
     before = C.clone()
-    C[~lower] = torch.nan
-    assert kk.symmetrize_(C) is C
-    assert torch.equal(bits(C), bits(torch.where(lower, before, before.T)))
+    C[~kept] = torch.nan
+    assert kk.symmetrize_(C, triangle) is C
+    assert torch.equal(bits(C), bits(torch.where(kept, before, before.T)))
 
 
 def test_after_updates_the_sum_is_symmetric(backend):
@@ -48,5 +51,10 @@ def test_bad_input(C, error, message):
         kk.symmetrize_(C)
 
 
+def test_unknown_triangle():
+    with pytest.raises(ValueError, match="symmetrize_: triangle must be 'lower' or 'upper', got None"):
+        kk.symmetrize_(torch.zeros(2, 2), None)
+
+
 def test_opcheck():
-    torch.library.opcheck(torch.ops.kore.symmetrize_.default, (torch.randn(5, 5),))
+    torch.library.opcheck(torch.ops.kore.symmetrize_.default, (torch.randn(5, 5), "lower"))
