@@ -34,7 +34,7 @@ def load_model(
         kwargs: Passed on to ``from_pretrained``; with ``device_map`` the model stays where that puts it.
 
     Raises:
-        ModelError: The model cannot be found or read.
+        ModelError: The model cannot be found or read, or the checkpoint lacks some of its weights.
     """
     import torch
     import transformers
@@ -57,10 +57,16 @@ def load_model(
             if getattr(config, "vision_config", None) is not None
             else transformers.AutoModelForCausalLM
         )
-        model: Any = auto_class.from_pretrained(text, **{dtype_argument: torch_dtype}, **kwargs)
+        kwargs.update({dtype_argument: torch_dtype, "output_loading_info": True})
+        model, loading = auto_class.from_pretrained(text, **kwargs)
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{text}: the model cannot be loaded ({type(error).__name__}: {first_line})") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"{text}: {len(missing)} weights of the model are not in the checkpoint, for example {missing[0]}; "
+            f"transformers {transformers.__version__} would make them up. Load it with the version that wrote it"
+        )
     if "device_map" not in kwargs:
         model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     return model.eval()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from kore.artifacts import load_tensors, save_tensors
 from kore.errors import ModelError
 from kore.models import (
     base_model,
@@ -98,6 +99,17 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
         load_model(tmp_path / "llama")
     with pytest.raises(ModelError, match="dtype: expected auto"):
         load_model(tmp_path / "llama", dtype="int8")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    tiny.save_tiny("llava", tmp_path / "llava")
+    file = tmp_path / "llava" / "model.safetensors"
+    tensors = load_tensors(file)
+    name = next(name for name in sorted(tensors) if "multi_modal_projector" in name)
+    del tensors[name]
+    save_tensors(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights of the model are not in the checkpoint.*projector"):
+        load_model(tmp_path / "llava")
 
 
 def test_import_is_light_and_every_public_name_exists():

@@ -109,6 +109,7 @@ def _save(model: Any, tokenizer: Any, directory: Path, seed: int, vision: dict[s
     model.half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     save_image_processor(directory)
+    _readable_by_older_versions(directory)
     accuracy = {split: old_accuracy(directory, split) for split in ("validation", "test")}
     import transformers
 
@@ -130,6 +131,25 @@ def _save(model: Any, tokenizer: Any, directory: Path, seed: int, vision: dict[s
     }
     (directory / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
     print(json.dumps(recipe["old_task_accuracy"], indent=2), recipe["old_task_mean"])
+
+
+def _readable_by_older_versions(directory: Path) -> None:
+    """Give weights and tokenizer the names that transformers 4 knows and transformers 5 still reads."""
+    from kore.artifacts import load_tensors, save_tensors
+
+    file = directory / "model.safetensors"
+    tower, old = "vision_tower.", "vision_tower.vision_model."
+    tensors = {
+        name if name.startswith(old) else name.replace(tower, old, 1): tensor
+        for name, tensor in load_tensors(file).items()
+    }
+    save_tensors(tensors, file, {"format": "pt"})
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("backend", None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["additional_special_tokens"] = config.pop("extra_special_tokens", [IMAGE_TOKEN])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _vision_stage(tower: Any, saved: Path, steps: int, seed: int) -> dict[str, float]:
