@@ -52,7 +52,7 @@ def load_model(
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         config = transformers.AutoConfig.from_pretrained(text)
-        auto_class = (
+        auto_class: Any = (
             transformers.AutoModelForImageTextToText
             if getattr(config, "vision_config", None) is not None
             else transformers.AutoModelForCausalLM
