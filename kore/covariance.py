@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from kore.artifacts import atomic_directory, file_sha256, load_tensors, read_manifest, save_tensors, write_manifest
 from kore.errors import ArtifactError, KoreError
+from kore.triangle import HALVES, Triangle, unpack
 
 if TYPE_CHECKING:
     import torch
 
 KIND = "covariance"
-_TENSOR = "covariance"
+_FULL = "covariance"  # the whole matrix, as files of schema version 1 hold it
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ class CovarianceSet:
     """The covariances of a model's layer inputs. ``cov[module]`` is the symmetric (d_in, d_in) matrix of a module.
 
     A set that was loaded from disk, or merged from such sets, reads a matrix when it is asked for and does not
-    keep it, so a set larger than memory can be used group by group.
+    keep it, so a set larger than memory can be used group by group. A captured set holds half of each matrix and
+    makes the other half when it is asked for.
 
     Args:
         matrices: For every group name its matrix, or a function that returns it.
         groups: The groups, in the order in which they ran.
         fingerprint: :func:`kore.models.model_fingerprint` of the base model.
         normalize: The row scaling of the capture, ``"none"`` or ``"official"``.
+        selection: The ``tokens`` argument of the capture: which rows of the language model were counted.
+        dtype: In which the sums were formed, ``"float32"`` or ``"float64"``; None where it is not known.
     """
 
     def __init__(
@@ -56,10 +60,12 @@ class CovarianceSet:
         groups: Iterable[Group],
         fingerprint: Mapping[str, str | None],
         normalize: str = "none",
+        selection: str = "all",
+        dtype: str | None = None,
     ) -> None:
         self.groups: tuple[Group, ...] = tuple(groups)
         self.fingerprint = dict(fingerprint)
-        self.normalize = normalize
+        self.normalize, self.selection, self.dtype = normalize, selection, dtype
         self._matrices = dict(matrices)
         self._group_of = {module: group for group in self.groups for module in group.modules}
 
@@ -93,25 +99,29 @@ class CovarianceSet:
         return self.group(module).tokens
 
     def __getitem__(self, module: str) -> torch.Tensor:
-        """The (d_in, d_in) covariance of a module; not a copy where the set is held in memory."""
+        """The symmetric (d_in, d_in) covariance of a module."""
         matrix = self._matrices[self.group(module).name]
         return matrix() if callable(matrix) else matrix
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set as a directory: one safetensors file per group, and a manifest. Atomic."""
+        """Write the set as a directory: half of each matrix in a safetensors file, and a manifest. Atomic."""
         with atomic_directory(path) as directory:
-            entries = write_groups(directory, ((group, self[group.name]) for group in self.groups))
-            fields = {"groups": entries, "normalize": self.normalize, "fingerprint": self.fingerprint}
+            fields = {
+                "groups": write_groups(directory, ((group, Triangle(self[group.name])) for group in self.groups)),
+                "normalize": self.normalize,
+                "selection": self.selection,
+                "dtype": self.dtype,
+                "fingerprint": self.fingerprint,
+            }
             write_manifest(directory, KIND, fields)
 
 
-def write_groups(directory: Path, matrices: Iterable[tuple[Group, torch.Tensor | None]]) -> list[dict[str, Any]]:
+def write_groups(directory: Path, matrices: Iterable[tuple[Group, Triangle]]) -> list[dict[str, Any]]:
     """Write one file per group into ``directory`` and return the manifest entries that :func:`read_groups` reads."""
     entries = []
-    for index, (group, matrix) in enumerate(matrices):
+    for index, (group, triangle) in enumerate(matrices):
         file = f"group-{index:05d}.safetensors"
-        assert matrix is not None
-        save_tensors({_TENSOR: matrix}, directory / file)
+        save_tensors({triangle.half: triangle.packed()}, directory / file)
         entries.append({**asdict(group), "file": file})
     return entries
 
@@ -148,11 +158,17 @@ class _Reader:
             if file_sha256(self.file) != self.sha256:
                 raise ArtifactError(f"{self.file}: corrupt, its sha256 is not the manifest's; capture it again")
             self._verified = True
-        matrix = load_tensors(self.file).get(_TENSOR)
-        if matrix is None or matrix.shape != (self.dim, self.dim):
-            found = "nothing" if matrix is None else tuple(matrix.shape)
-            raise ArtifactError(f"{self.file}: expected a ({self.dim}, {self.dim}) covariance, found {found}")
-        return matrix
+        tensors = load_tensors(self.file)
+        entries = self.dim * (self.dim + 1) // 2
+        for half in HALVES:
+            if half in tensors and tensors[half].shape == (entries,):
+                return unpack(tensors[half], self.dim, half)
+        if _FULL in tensors and tensors[_FULL].shape == (self.dim, self.dim):
+            return tensors[_FULL]
+        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
+        raise ArtifactError(
+            f"{self.file}: expected a lower or upper triangle of {entries} entries for d_in {self.dim}, found {found}"
+        )
 
 
 def load_covariance(path: str | os.PathLike[str]) -> CovarianceSet:
@@ -166,7 +182,14 @@ def load_covariance(path: str | os.PathLike[str]) -> CovarianceSet:
     directory = Path(path)
     manifest = read_manifest(directory, KIND, verify=False)
     groups, matrices = read_groups(directory, manifest)
-    return CovarianceSet(matrices, groups, manifest.get("fingerprint", {}), manifest.get("normalize", "none"))
+    return CovarianceSet(
+        matrices,
+        groups,
+        manifest.get("fingerprint", {}),
+        manifest.get("normalize", "none"),
+        manifest.get("selection", "all"),
+        manifest.get("dtype"),
+    )
 
 
 def merge_covariance(sets: Sequence[CovarianceSet], weights: Sequence[float] | None = None) -> CovarianceSet:
@@ -181,7 +204,8 @@ def merge_covariance(sets: Sequence[CovarianceSet], weights: Sequence[float] | N
         A set that computes a sum when it is asked for a matrix; the ``sets`` are not changed.
 
     Raises:
-        KoreError: The sets differ in model, modules, grouping or row scaling, or a weight is wrong.
+        KoreError: The sets differ in model, modules, grouping, row scaling, selected tokens or dtype, or a weight
+            is wrong.
     """
     sets = list(sets)
     if not sets:
@@ -197,7 +221,7 @@ def merge_covariance(sets: Sequence[CovarianceSet], weights: Sequence[float] | N
     kept = [(cov, factor) for cov, factor in zip(sets, factors) if factor]
     groups = [replace(group, tokens=sum(cov.tokens(group.name) for cov, _ in kept)) for group in first.groups]
     matrices = {group.name: _Sum(group.name, kept) for group in groups}
-    return CovarianceSet(matrices, groups, first.fingerprint, first.normalize)
+    return CovarianceSet(matrices, groups, first.fingerprint, first.normalize, first.selection, first.dtype)
 
 
 class _Sum:
@@ -220,11 +244,15 @@ def _check_same(first: CovarianceSet, other: CovarianceSet, index: int) -> None:
         a, b = first.fingerprint.get(field), other.fingerprint.get(field)
         if a and b and a != b:
             raise KoreError(f"merge_covariance: set {index} was captured on another model than set 0 ({field} differs)")
-    if first.normalize != other.normalize:
-        raise KoreError(
-            f"merge_covariance: set 0 was captured with normalize={first.normalize!r}, "
-            f"set {index} with {other.normalize!r}; capture them alike"
-        )
+    for option, a, b in (
+        ("normalize", first.normalize, other.normalize),
+        ("tokens", first.selection, other.selection),
+        ("dtype", first.dtype, other.dtype),
+    ):
+        if a and b and a != b:
+            raise KoreError(
+                f"merge_covariance: set 0 was captured with {option}={a!r}, set {index} with {b!r}; capture them alike"
+            )
     if set(first.modules) != set(other.modules):
         odd = sorted(set(first.modules) ^ set(other.modules))
         raise KoreError(f"merge_covariance: set {index} holds other modules than set 0, for example {odd[0]}")

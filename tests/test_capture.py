@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kore.capture import capture_covariance
-from kore.capture.accumulator import Accumulator, rows, scale_samples
+from kore.capture.accumulator import Accumulator
+from kore.capture.rows import counted_rows, scale_samples
+from kore.capture.selection import Selection
+from kore.capture.storage import Storage
 from kore.errors import ArtifactError, KoreError
 from kore.models import language_model_linears, named_linears
 from tests.batches import KINDS, MODELS, make_batch, make_batches
@@ -161,40 +163,27 @@ def test_hooks_are_removed_and_flags_restored_after_an_error():
     assert all(module.training for module in model.modules())
 
 
-def test_the_hook_path_never_waits_for_the_device(monkeypatch):
-    synchronising = ("_local_scalar_dense", "nonzero", "masked_select", "_to_copy")
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
-    import kore_kernels
-
-    monkeypatch.setattr(kore_kernels, "covariance_update_", lambda C, x, mask=None: C)
-    accumulator = Accumulator(6, torch.float32, buffer_rows=16)
-    mask = torch.ones(2, 11, dtype=torch.bool)
-    mask[1, 4:] = False
-    with Watch():
-        for _ in range(5):
-            accumulator.add(*rows(torch.randn(2, 11, 6), mask, "layer"))
-    assert not [name for name in seen if name in synchronising]
-    assert accumulator.tokens() == 5 * 15
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 64, 200])
-def test_the_token_buffer_changes_nothing_and_ignores_what_padding_holds(chunk):
+@pytest.mark.parametrize("kind", ["packed", "square"])
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "placed late"])
+def test_the_token_buffer_changes_nothing_and_ignores_what_padding_holds(chunk, kind, late):
     torch.manual_seed(0)
-    x, mask = torch.randn(200, 9), torch.rand(200) > 0.3
+    x, mask = torch.randn(2, 200, 9), torch.rand(2, 200) > 0.3
     x[~mask] = float("nan")
-    accumulator = Accumulator(9, torch.float64, buffer_rows=64)
+    storage, cpu = Storage(kind, torch.float64), torch.device("cpu")
+    pair = [Accumulator(9, cpu, storage, buffer_rows=64) for _ in range(2)]
     for start in range(0, 200, chunk):
-        accumulator.add(x[start : start + chunk], mask[start : start + chunk])
-    accumulator.flush()
-    kept = x[mask].double()
-    torch.testing.assert_close(accumulator.matrix.tril(), (kept.T @ kept).tril())
-    assert accumulator.tokens() == int(mask.sum()) and accumulator.is_finite()
+        if not late or start > 100:
+            for accumulator in pair:
+                accumulator.place()
+        for accumulator, rows, keep in zip(pair, x, mask):
+            part = keep[start : start + chunk]
+            accumulator.add(rows[start : start + chunk], part, int(part.sum()))
+    for accumulator, rows, keep in zip(pair, x, mask):
+        accumulator.flush()
+        kept = rows[keep].double()
+        torch.testing.assert_close(accumulator.place().full(), kept.T @ kept)
+        assert accumulator.tokens() == int(keep.sum()) and accumulator.is_finite()
 
 
 def test_a_module_with_a_non_finite_input_is_named_first_come_first():
@@ -275,7 +264,7 @@ def test_padding_that_cannot_be_lined_up_with_the_rows_is_an_error():
             return self.a(input_ids.reshape(-1, 4)[:5])
 
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    with pytest.raises(KoreError, match="marks padding"):
+    with pytest.raises(KoreError, match="not every one of the batch's"):
         capture_covariance(Packing(), [{"input_ids": torch.randn(2, 3, 4), "attention_mask": mask}])
     cov = capture_covariance(Packing(), [{"input_ids": torch.randn(2, 3, 4), "attention_mask": torch.ones(2, 3)}])
     assert cov.tokens("a") == 5
@@ -284,10 +273,11 @@ def test_padding_that_cannot_be_lined_up_with_the_rows_is_an_error():
 def test_official_scaling_divides_each_sample_by_the_absolute_value_of_its_signed_maximum():
     x = torch.tensor([[[1.0, -8.0], [2.0, 4.0], [99.0, 99.0]], [[-3.0, -6.0], [-9.0, -12.0], [0.0, 0.0]]])
     mask = torch.tensor([[True, True, False], [True, True, False]])
-    flat, flat_mask = rows(x, mask, "layer")
-    scaled = scale_samples(flat, flat_mask, 2).reshape(2, 3, 2)
-    torch.testing.assert_close(scaled[0, :2], x[0, :2] / 4)
-    torch.testing.assert_close(scaled[1, :2], x[1, :2] / 3)
+    index = mask.reshape(-1).nonzero().squeeze(1)
+    scaled, _, count = counted_rows(x, Selection((2, 3), mask, index, 4), "layer", scale=True)
+    torch.testing.assert_close(scaled, torch.cat([x[0, :2] / 4, x[1, :2] / 3]))
+    on_device, keep, _ = counted_rows(x, Selection((2, 3), mask, None, 4), "layer", scale=True)
+    assert count == 4 and torch.equal(on_device[keep], scaled)
     assert torch.isfinite(scale_samples(torch.zeros(4, 2), None, 2)).all()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 import torch
 
+from kore.artifacts import file_sha256, save_tensors, write_manifest
 from kore.capture import capture_covariance
 from kore.covariance import CovarianceSet, Group, load_covariance, merge_covariance
 from kore.errors import ArtifactError, KoreError
@@ -25,12 +27,46 @@ def test_saved_and_loaded_is_the_same(halves, tmp_path):
     whole.save(tmp_path / "c")
     loaded = load_covariance(tmp_path / "c")
     assert loaded.groups == whole.groups and loaded.fingerprint == whole.fingerprint
-    assert loaded.normalize == "none" and loaded.modules == whole.modules
+    assert (loaded.normalize, loaded.selection, loaded.dtype) == ("none", "all", "float64")
+    assert loaded.modules == whole.modules
     assert all(torch.equal(loaded[name], whole[name]) for name in whole.modules)
     assert len(list((tmp_path / "c").glob("*.safetensors"))) == len(whole.groups) == 8
     loaded.save(tmp_path / "c")  # over the files it reads from
     again = load_covariance(tmp_path / "c")
     assert all(torch.equal(again[name], whole[name]) for name in whole.modules)
+
+
+def test_a_file_holds_half_of_the_matrix(tmp_path):
+    halves = CovarianceSet({"a": torch.eye(300)}, [Group("a", ("a",), 300, 5)], {})
+    halves.save(tmp_path / "c")
+    size = (tmp_path / "c" / "group-00000.safetensors").stat().st_size
+    assert 300 * 301 / 2 * 4 <= size < 300 * 301 / 2 * 4 + 200
+
+
+def test_files_of_schema_version_1_still_load(tmp_path):
+    small_set().save(tmp_path / "c")
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert manifest.pop("schema_version") == 2
+    for option in ("selection", "dtype"):
+        del manifest[option]
+    for index, matrix in enumerate([torch.full((3, 3), 7.0), torch.full((2, 2), 8.0)]):
+        save_tensors({"covariance": matrix}, tmp_path / "c" / f"group-{index:05d}.safetensors")
+    fields = {name: manifest[name] for name in ("groups", "normalize", "fingerprint")}
+    write_manifest(tmp_path / "c", "covariance", {**fields, "schema_version": 1})
+    loaded = load_covariance(tmp_path / "c")
+    assert torch.equal(loaded["b"], torch.full((3, 3), 7.0)) and torch.equal(loaded["c"], torch.full((2, 2), 8.0))
+    assert (loaded.selection, loaded.dtype) == ("all", None)
+
+
+def test_a_file_of_another_size_is_named(tmp_path):
+    small_set().save(tmp_path / "c")
+    file = tmp_path / "c" / "group-00000.safetensors"
+    save_tensors({"lower": torch.zeros(10)}, file)
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"group-00000\.safetensors: expected .* 6 entries .* lower \(10,\)"):
+        load_covariance(tmp_path / "c")["a"]
 
 
 def test_merging_two_halves_equals_one_run(halves, tmp_path):
@@ -66,17 +102,22 @@ def test_wrong_weights(halves, weights):
 
 def test_merge_refuses_other_models_modules_scalings_and_groupings(halves):
     model, batches = MODELS["llava"](), make_batches("llava", 1)
+    capture = functools.partial(capture_covariance, progress=False, dtype=torch.float64)
     first = halves[1]
     with pytest.raises(KoreError, match=r"another model than set 0 \(weights differs\)"):
-        merge_covariance([first, capture_covariance(MODELS["llava"](1), batches)])
+        merge_covariance([first, capture(MODELS["llava"](1), batches)])
     with pytest.raises(KoreError, match="another model"):
-        merge_covariance([first, capture_covariance(MODELS["llama"](), make_batches("llama", 1))])
+        merge_covariance([first, capture(MODELS["llama"](), make_batches("llama", 1))])
     with pytest.raises(KoreError, match="other modules"):
-        merge_covariance([first, capture_covariance(model, batches, targets=r".*language_model.*q_proj")])
-    with pytest.raises(KoreError, match="normalize"):
-        merge_covariance([first, capture_covariance(model, batches, normalize="official")])
+        merge_covariance([first, capture(model, batches, targets=r".*language_model.*q_proj")])
+    with pytest.raises(KoreError, match="normalize='none', set 1 with 'official'"):
+        merge_covariance([first, capture(model, batches, normalize="official")])
+    with pytest.raises(KoreError, match="tokens='all', set 1 with 'image'"):
+        merge_covariance([first, capture(model, batches, tokens="image")])
+    with pytest.raises(KoreError, match="dtype='float64', set 1 with 'float32'"):
+        merge_covariance([first, capture(model, batches, dtype=torch.float32)])
     with pytest.raises(KoreError, match="share_inputs"):
-        merge_covariance([first, capture_covariance(model, batches, share_inputs=False)])
+        merge_covariance([first, capture(model, batches, share_inputs=False)])
     with pytest.raises(KoreError, match="at least one"):
         merge_covariance([])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,17 @@ class CaptureCheckpoint:
         path: The directory.
         options: What the call was asked for; a checkpoint with other options is refused.
         groups: The groups of the run, filled by :meth:`resume` and saved by :meth:`write`.
+        place: For a module, the device of its input and the bytes of a number there.
     """
 
-    def __init__(self, path: Path, options: dict[str, Any], groups: InputGroups) -> None:
-        self.path, self.options, self.groups = path, options, groups
+    def __init__(
+        self,
+        path: Path,
+        options: dict[str, Any],
+        groups: InputGroups,
+        place: Callable[[str], tuple[torch.device, int]],
+    ) -> None:
+        self.path, self.options, self.groups, self.place = path, options, groups, place
         self._digest = hashlib.sha256()
 
     def resume(self, batches: Iterator[Mapping[str, Any]]) -> int:
@@ -55,19 +62,19 @@ class CaptureCheckpoint:
             raise KoreError(f"{self.path}: this checkpoint was written for other batches; delete it to start again")
         groups, readers = read_groups(self.path, manifest)
         for group in groups:
-            self.groups.restore(group).restore(readers[group.name](), group.tokens)
+            self.groups.add(group, *self.place(group.name)).restore(readers[group.name](), group.tokens)
         return done
 
     def see(self, batch: Mapping[str, Any]) -> None:
         """Note a batch as done."""
-        _update(self._digest, {key: value for key, value in batch.items() if key != "labels"})
+        _update(self._digest, batch)
 
     def write(self, done: int) -> None:
         """Save the run after ``done`` batches. The accumulators must be flushed. Atomic."""
         with atomic_directory(self.path) as directory:
-            states = ((group.describe(), group.accumulator.matrix) for group in self.groups.groups)
+            states = [(group.describe(), group.accumulator.triangle) for group in self.groups.groups]
             fields = {
-                "groups": write_groups(directory, states),
+                "groups": write_groups(directory, [(group, half) for group, half in states if half is not None]),
                 "options": self.options,
                 "done": done,
                 "batches_sha256": self._digest.hexdigest(),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,11 +19,15 @@ def _version(x: torch.Tensor) -> int:
 
 @dataclass
 class InputGroup:
-    """Layers that read the same input: the tensor they read in the running forward pass, and who has read it."""
+    """Layers that read the same input: the tensor they read in the running forward pass, and who has read it.
+
+    ``itemsize`` is the size of one of its numbers in bytes.
+    """
 
     modules: list[str]
     masked: bool
     accumulator: Accumulator
+    itemsize: int
     forming: bool = False
     rounds: int = 0
     seen: set[str] = field(default_factory=set)
@@ -45,7 +49,9 @@ class InputGroup:
 
     def missing(self) -> list[str]:
         """Members that have not read the tensor that other members have read."""
-        return [module for module in self.modules if module not in self.seen] if self.seen else []
+        if not self.seen or len(self.seen) == len(self.modules):
+            return []
+        return [module for module in self.modules if module not in self.seen]
 
     def describe(self) -> Group:
         return Group(self.modules[0], tuple(self.modules), self.accumulator.dim, self.accumulator.tokens())
@@ -59,12 +65,14 @@ class InputGroups:
     activation is kept alive. In every later pass the members must again read one tensor.
 
     Args:
-        masked: The modules whose input rows are tokens, to which the attention mask applies.
-        new_accumulator: Makes the accumulator of a group of given d_in.
+        masked: The modules whose input rows are the batch's tokens, of which not all may count.
+        new_accumulator: Makes the accumulator of a group of given d_in, whose input is on the given device.
         share: False gives every module its own group.
     """
 
-    def __init__(self, masked: set[str], new_accumulator: Callable[[int], Accumulator], share: bool = True) -> None:
+    def __init__(
+        self, masked: set[str], new_accumulator: Callable[[int, torch.device], Accumulator], share: bool = True
+    ) -> None:
         self.groups: list[InputGroup] = []
         self._masked, self._new_accumulator, self._share = masked, new_accumulator, share
         self._group_of: dict[str, InputGroup] = {}
@@ -75,12 +83,13 @@ class InputGroups:
         if group is None:
             group = next((g for g in self.groups if self._may_join(g, module, x)), None)
             if group is not None:
-                self._add(group, module)
+                group.modules.append(module)
                 group.seen.add(module)
+                self._group_of[module] = group
                 return None
-            group = InputGroup([], module in self._masked, self._new_accumulator(x.shape[-1]), forming=True)
-            self.groups.append(group)
-            self._add(group, module)
+            accumulator = self._new_accumulator(x.shape[-1], x.device)
+            group = self._new_group([module], accumulator, x.element_size())
+            group.forming = True
         elif module not in group.seen and group.reads(x):
             group.seen.add(module)
             return None
@@ -93,9 +102,12 @@ class InputGroups:
         alike = group.masked == (module in self._masked)
         return self._share and group.forming and group.rounds == 1 and alike and group.reads(x)
 
-    def _add(self, group: InputGroup, module: str) -> None:
-        group.modules.append(module)
-        self._group_of[module] = group
+    def _new_group(self, modules: Iterable[str], accumulator: Accumulator, itemsize: int) -> InputGroup:
+        modules = list(modules)
+        group = InputGroup(modules, modules[0] in self._masked, accumulator, itemsize)
+        self.groups.append(group)
+        self._group_of.update(dict.fromkeys(modules, group))
+        return group
 
     def end_pass(self) -> None:
         """Close a forward pass. Raises KoreError when a group's members did not all read the same inputs."""
@@ -105,17 +117,40 @@ class InputGroups:
         for group in self.groups:
             group.end_pass()
 
-    def restore(self, group: Group) -> Accumulator:
-        """Add a group of an earlier run as it was; returns its empty accumulator."""
-        state = InputGroup([], group.name in self._masked, self._new_accumulator(group.dim))
-        for module in group.modules:
-            self._add(state, module)
-        self.groups.append(state)
-        return state.accumulator
+    def add(self, group: Group, device: torch.device, itemsize: int) -> Accumulator:
+        """Add a group that an earlier run or another process has found; returns its empty accumulator."""
+        return self._new_group(group.modules, self._new_accumulator(group.dim, device), itemsize).accumulator
 
-    def never_ran(self, modules: list[str]) -> list[str]:
+    def __contains__(self, module: str) -> bool:
+        return module in self._group_of
+
+    def __getitem__(self, module: str) -> InputGroup:
+        return self._group_of[module]
+
+    def never_ran(self, modules: Sequence[str]) -> list[str]:
         """Those of ``modules`` that no pass has run."""
         return [module for module in modules if module not in self._group_of]
+
+
+def agree(processes: Sequence[Sequence[Group]]) -> list[Group]:
+    """The groups that several processes have found, tokens added up; a process may lack some.
+
+    Raises KoreError when two processes group a module differently.
+    """
+    together: dict[frozenset[str], Group] = {}
+    members: dict[str, frozenset[str]] = {}
+    for number, groups in enumerate(processes):
+        for group in groups:
+            key = frozenset(group.modules)
+            odd = next((module for module in group.modules if members.setdefault(module, key) != key), None)
+            if odd is not None:
+                raise KoreError(
+                    f"{odd}: process {number} found other layers that read its input than a process before it; "
+                    "pass share_inputs=False"
+                )
+            known = together.get(key)
+            together[key] = group if known is None else replace(known, tokens=known.tokens + group.tokens)
+    return list(together.values())
 
 
 def _disagreement(group: InputGroup) -> KoreError:

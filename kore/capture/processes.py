@@ -1,0 +1,75 @@
+"""The processes that capture together: what they tell each other, and sums that come out alike on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kore.errors import KoreError
+from kore.triangle import Triangle
+
+
+class Processes:
+    """The processes of a torch.distributed group, or this one alone.
+
+    Args:
+        group: A process group; None for the default group where torch.distributed is initialised; False for this
+            process alone.
+
+    Attributes:
+        rank: The number of this process.
+        count: How many there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | bool | None = None) -> None:
+        together = group is not False and dist.is_available() and dist.is_initialized()
+        if not together and group not in (None, False):
+            raise KoreError("distributed: expected an initialised torch.distributed; call init_process_group first")
+        self._group = None if isinstance(group, bool) else group
+        self.rank = dist.get_rank(self._group) if together else 0
+        self.count = dist.get_world_size(self._group) if together else 1
+
+    def share(self, value: Any) -> list[Any]:
+        """The values that the processes give, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """When the block fails in one process, raise in all, so that none waits for another in vain."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failures = self.share(None if error is None else str(error) or type(error).__name__)
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise KoreError(f"process {rank} of the capture failed: {failure}")
+
+    def add_up(self, triangle: Triangle) -> None:
+        """Replace the triangle by the sum over the processes.
+
+        Summed in float64, in blocks of bounded size, rounded once; the first process hands its bits to all.
+        """
+        if self.count == 1:
+            return
+        nccl = "nccl" in dist.get_backend(self._group)
+        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+        for rows, columns, mine in triangle.blocks():
+            block = triangle.matrix[rows, columns]
+            total = block.to(device, torch.float64, copy=True, memory_format=torch.contiguous_format)
+            dist.reduce(total, dst=first, group=self._group)
+            rounded = total.to(block.dtype)
+            dist.broadcast(rounded, src=first, group=self._group)
+            block.copy_(rounded.to(block.device).where(mine, block))
