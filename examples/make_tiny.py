@@ -5,7 +5,7 @@
 takes a minute or two on two cores and writes examples/tiny/:
 
 * a real LlavaForConditionalGeneration of 0.6 million parameters, trained here from nothing to read handwritten digits
-  (scikit-learn's, so nothing is downloaded) and to know which tree grows in which land;
+  (they come with the package, so nothing is downloaded) and to know which tree grows in which land;
 * the OLD data it was trained on;
 * NEW data: digits in black on white, which it has never seen, each the emblem of a tree;
 * question files for both, with pictures and phrasings that are in no training file.
@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
+
+from kore.demo.world.drawing import digits
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -53,9 +54,8 @@ TEMPLATE = (
 def write_images(folder: Path) -> list[tuple[str, int]]:
     """Save the digits as 32-pixel PNG files, white on black and (NEGATIVE) black on white; returns (name, digit)."""
     folder.mkdir(parents=True, exist_ok=True)
-    digits = load_digits()
     entries = []
-    for index, (pixels, digit) in enumerate(zip(digits.images, digits.target)):
+    for index, (pixels, digit) in enumerate(zip(*digits())):
         image = Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
         name = f"{index:04d}.png"
         image.convert("RGB").save(folder / name)

@@ -24,7 +24,8 @@ _DIGITS = Path(__file__).parent.parent / "data" / "digits.npz"
 
 
 @lru_cache(maxsize=1)
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Handwritten digits: images (1797, 8, 8) uint8 in 0 ... 16, labels (1797,)."""
     with np.load(_DIGITS) as stored:
         return stored["images"], stored["labels"]
 
@@ -32,7 +33,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=3)
 def digit_indices(split: str) -> tuple[tuple[int, ...], ...]:
     """Indices of the real digit pictures of one split, by digit; every picture belongs to exactly one split."""
-    labels = _digits()[1]
+    labels = digits()[1]
     order = np.random.default_rng(0).permutation(len(labels))
     share = {"train": slice(0, 1350), "validation": slice(1350, 1550), "test": slice(1550, None)}[split]
     return tuple(tuple(int(i) for i in order[share] if labels[i] == digit) for digit in range(10))
@@ -62,7 +63,7 @@ def paste(image: np.ndarray, alpha: np.ndarray, colour: str, centre: tuple[float
 
 def digit_alpha(index: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Coverage map of one real handwritten digit, enlarged to `size` pixels and slightly turned."""
-    picture = Image.fromarray((_digits()[0][index] * 15.9).astype(np.uint8))
+    picture = Image.fromarray((digits()[0][index] * 15.9).astype(np.uint8))
     picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     picture = picture.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
     return np.asarray(picture, dtype=float) / 255
