@@ -105,7 +105,7 @@ def interpreting() -> bool:
 
 def backends() -> dict[str, BackendInfo]:
     """What can run on this machine, and why not: ``{"native": ..., "triton": ..., "reference": ...}``."""
-    from kore_kernels import blas
+    from kore_kernels import blas, extension
 
     gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     on_gpu = {op: _preference(op, gpu, torch.float32)[0] for op in PROVEN_ON_GPU} if gpu else {}
@@ -119,8 +119,10 @@ def backends() -> dict[str, BackendInfo]:
     else:
         triton_detail = "interpreter, for tests" if interpreting() else "passed the GPU suite on this architecture"
     gpu_ops = {name: tuple(f"{op} on cuda" for op, chosen in on_gpu.items() if chosen == name) for name in BACKENDS}
+    missing = extension.refusal()
+    native_detail = f"{f'no compiled kernels ({missing})' if missing else extension.describe()}; {blas.describe()}"
     rows = [
-        BackendInfo("native", True, tuple(f"{op} on cpu" for op in PROVEN_ON_GPU), blas.describe()),
+        BackendInfo("native", True, tuple(f"{op} on cpu" for op in PROVEN_ON_GPU), native_detail),
         BackendInfo("triton", refusal is None, gpu_ops["triton"], triton_detail),
         BackendInfo("reference", True, gpu_ops["reference"], "plain PyTorch, any device and dtype"),
     ]

@@ -15,19 +15,6 @@ class TritonConfig:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class NativeConfig:
-    """Edge of the blocks of the triangle, and the size of the converted chunks of x."""
-
-    block: int
-    chunk_elements: int
-    least_rows: int
-
-    def chunk_rows(self, d: int) -> int:
-        """Long enough to pay for one pass over C, else about ``chunk_elements`` elements."""
-        return max(self.least_rows, self.chunk_elements // max(d, 1))
-
-
 # Two-byte inputs without weights multiply as they are.
 HALF: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(64, 64, 4, 1),
@@ -42,4 +29,3 @@ SINGLE: dict[int | str, TritonConfig] = {
     90: TritonConfig(64, 32, 4, 3),
     100: TritonConfig(64, 32, 4, 3),
 }
-NATIVE = NativeConfig(block=256, chunk_elements=2**21, least_rows=512)

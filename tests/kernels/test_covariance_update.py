@@ -6,8 +6,6 @@ import pytest
 import torch
 
 import kore_kernels as kk
-from kore_kernels import blas
-from kore_kernels.covariance_update import configs, native
 
 from .conftest import INTERPRETER
 from .numbers import LAYOUTS, assert_accurate, bits, laid_out
@@ -162,60 +160,6 @@ def test_inference_mode(backend):
         C, x = torch.zeros(6, 6), torch.randn(9, 6)
         check(C, x)
     check(torch.zeros(6, 6), x)
-
-
-class TestNative:
-    def test_without_scipy(self, monkeypatch):
-        monkeypatch.setenv("KORE_BACKEND", "native")
-        monkeypatch.setattr(blas, "_routine", lambda dtype: None)
-        for layout in LAYOUTS:
-            check(start(530), laid_out(torch.randn(60, 530), layout))
-        check(start(530, triangle="upper"), torch.randn(60, 530), triangle="upper")
-        check(start(33), torch.randn(90, 33).bfloat16(), weight=torch.randn(90), mask=torch.rand(90) > 0.5)
-        assert "not available" in kk.backends()["native"].detail
-
-    @pytest.mark.parametrize("weighted", [False, True])
-    def test_chunks(self, monkeypatch, weighted):
-        monkeypatch.setenv("KORE_BACKEND", "native")
-        monkeypatch.setattr(native, "NATIVE", configs.NativeConfig(block=8, chunk_elements=1, least_rows=7))
-        weight = torch.randn(50) if weighted else None
-        check(start(19), torch.randn(50, 19).bfloat16(), weight=weight)
-        check(start(19), torch.randn(50, 19), weight=weight, mask=torch.rand(50) > 0.3)
-
-    @pytest.mark.parametrize("layout", ["contiguous", "transposed", "columns", "rows"])
-    def test_blas_reads_strided_rows_where_they_lie(self, layout):
-        assert blas.can_syrk(torch.zeros(7, 7), laid_out(torch.randn(9, 7), layout)) == blas.available()
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("scipy", [True, False])
-    def test_no_temporary_of_the_size_of_C(self, monkeypatch, dtype, scipy):
-        if not scipy:
-            monkeypatch.setattr(blas, "_routine", lambda dtype: None)
-        d, largest = 1536, 0
-
-        class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                nonlocal largest
-                out = func(*args, **(kwargs or {}))
-                if isinstance(out, torch.Tensor) and not func._schema.is_mutable and out.untyped_storage() is not None:
-                    inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-                    if out.untyped_storage().data_ptr() not in inputs:
-                        largest = max(largest, out.numel())
-                return out
-
-        C, x = torch.zeros(d, d), torch.randn(40, d).to(dtype)
-        with Sizes():
-            native.covariance_update(C, x, None, None, 1.0, "lower")
-        assert largest <= max(x.numel(), configs.NATIVE.block * d)
-
-    @pytest.mark.skipif(not blas.available() or blas._openblas() is None, reason="needs SciPy's OpenBLAS")
-    def test_blas_runs_with_torchs_threads_and_gets_its_own_back(self):
-        get, _ = blas._openblas()
-        before = get()
-        for count in (1, 2):
-            with blas._threads(count):
-                assert get() == count
-        assert get() == before
 
 
 def _bad(**changes):

@@ -1,0 +1,44 @@
+// What the driver of covariance_update knows of a kernel: how to pack x, and how to multiply what was packed.
+#pragma once
+
+#include <cstdint>
+
+#include "../kore.h"
+
+namespace kore {
+
+// Rows of x, in its own dtype and memory layout.
+struct Rows {
+    const void* x;
+    int64_t stride_row, stride_column;
+    const int64_t* index;  // the rows that are taken
+    const float* scale;    // a factor for each of them, or nullptr
+};
+
+// Packs `columns` columns of x, from `first` on, of `count` taken rows. Missing columns and rows become zeros.
+using Pack = void (*)(const Rows& rows, int64_t count, int64_t first, int64_t columns, void* panel);
+
+// C[i][j] += alpha * sum over the packed rows of left[i] * right[j], for a whole (rows, columns) tile of C.
+using Multiply = void (*)(const void* left, const void* right, int64_t steps, float alpha, float* C, int64_t stride);
+
+// A panel holds kernel.columns columns of x: for every step of `depth` rows of x, `step_bytes` for each column.
+struct Kernel {
+    int rows, columns;
+    int depth;
+    int step_bytes;
+    Pack pack_left, pack_right;
+    Multiply multiply;
+};
+
+constexpr int MAX_TILE = 32 * 32;  // cells of the largest tile
+
+const Kernel& select(int isa, kore_dtype dtype, bool weighted);
+
+// Each is defined in a translation unit of its own that is compiled for that instruction set.
+const Kernel& portable_kernel(kore_dtype dtype);
+const Kernel& avx2_kernel(kore_dtype dtype);
+const Kernel& avx512_kernel(kore_dtype dtype);
+const Kernel& avx512_bf16_kernel();
+const Kernel& amx_bf16_kernel();
+
+}  // namespace kore

@@ -1,0 +1,16 @@
+#include "../kore.h"
+
+const char* kore_message(int status) {
+    switch (status) {
+        case KORE_OK:
+            return "success";
+        case KORE_INVALID_ARGUMENT:
+            return "a size, dtype or thread count is out of range";
+        case KORE_UNSUPPORTED_ISA:
+            return "this processor or this build lacks the instruction set";
+        case KORE_OUT_OF_MEMORY:
+            return "not enough memory for the working buffers";
+        default:
+            return "unknown status";
+    }
+}

@@ -1,0 +1,64 @@
+/* The C ABI of KORE's compiled kernels.
+ *
+ * Plain pointers, int64 shapes and strides (in elements), a dtype code; every function that can fail returns a status.
+ * No torch header is needed to build or to call it, so one library serves every torch version.
+ */
+#ifndef KORE_H
+#define KORE_H
+
+#include <stdint.h>
+
+#define KORE_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { KORE_FLOAT32 = 0, KORE_BFLOAT16 = 1, KORE_FLOAT16 = 2 } kore_dtype;
+
+/* Instruction sets of the CPU kernels; each level includes those below it. */
+typedef enum {
+    KORE_PORTABLE = 0,
+    KORE_AVX2 = 1,
+    KORE_AVX512 = 2,
+    KORE_AVX512_BF16 = 3,
+    KORE_AMX_BF16 = 4
+} kore_isa;
+
+typedef enum { KORE_OK = 0, KORE_INVALID_ARGUMENT = 1, KORE_UNSUPPORTED_ISA = 2, KORE_OUT_OF_MEMORY = 3 } kore_status;
+
+/* One line of English for a status. */
+const char* kore_message(int status);
+
+/* The highest level that this processor, its operating system and this build have. */
+int kore_cpu_isa(void);
+
+/* One triangle of C += alpha * sum over rows i of weight[i] * x[i]^T x[i]: C[i][j] for i >= j, or for i <= j if upper.
+ *
+ * C: (d, d) contiguous. x: (n, d) of the dtype. mask: n bytes, 0 leaves the row out whatever it holds, or NULL.
+ * weight: n floats of any sign, or NULL. The result does not depend on the number of threads.
+ */
+int kore_covariance_update(
+    float* C,
+    int64_t d,
+    const void* x,
+    int64_t n,
+    int64_t stride_row,
+    int64_t stride_column,
+    int dtype,
+    const uint8_t* mask,
+    const float* weight,
+    float alpha,
+    int upper,
+    int isa,
+    int threads
+);
+
+/* Mirrors one triangle of C (d, d) contiguous, elements of 4 or 8 bytes, onto the other: the upper one if upper. */
+int kore_symmetrize(void* C, int64_t d, int element_bytes, int upper, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
