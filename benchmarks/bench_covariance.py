@@ -1,6 +1,8 @@
-"""covariance_update_ beside what it replaces, on this machine's CPU.
+"""covariance_update_ beside its peers, and symmetrize_, on this machine's CPU.
 
 pytest benchmarks/bench_covariance.py --benchmark-only --benchmark-group-by=group
+
+pytest-benchmark times one contender after the other. `kore bench covariance` and benchmarks/cpu_suite.py take turns.
 """
 
 from __future__ import annotations
@@ -9,43 +11,26 @@ import pytest
 import torch
 
 import kore_kernels as kk
+from kore.bench.covariance import relative_error
+from kore.bench.peers import PEERS
 
-
-def _plain(C, x):
-    C += x.T @ x
-
-
-def _addmm(C, x):
-    C.addmm_(x.T, x)
-
-
-def _addmm_cast(C, x):
-    rows = x.float()
-    C.addmm_(rows.T, rows)
-
-
-CONTENDERS = {
-    "covariance_update_": (kk.covariance_update_, (torch.float32, torch.bfloat16)),
-    "C += x.T @ x": (_plain, (torch.float32,)),
-    "C.addmm_(x.T, x)": (_addmm, (torch.float32,)),
-    "C.addmm_ after x.float()": (_addmm_cast, (torch.bfloat16,)),
-}
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+RUNNING = [(peer, dtype) for dtype in DTYPES for peer in PEERS if peer.refusal(CPU, dtype) is None]
 
 
 @pytest.mark.parametrize("n", [600, 2048])
 @pytest.mark.parametrize("d", [1024])
-@pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name, (_, dtypes) in CONTENDERS.items() for dtype in dtypes]
-)
-def test_covariance(benchmark, name, dtype, d, n):
+@pytest.mark.parametrize(("peer", "dtype"), RUNNING, ids=lambda value: getattr(value, "name", str(value)))
+def test_covariance(benchmark, peer, dtype, d, n):
     torch.manual_seed(0)
     x, C = torch.randn(n, d).to(dtype), torch.zeros(d, d)
-    exact = x.double().T @ x.double()
-    function = CONTENDERS[name][0]
-    function(C, x)
-    torch.testing.assert_close(C.tril().double(), exact.tril(), rtol=1e-4, atol=1e-3)
+    step = peer.prepare(C, x)
+    narrow = dtype == torch.bfloat16 and peer.name not in ("covariance_update_", "C.addmm_(x.T, x)")
+    assert relative_error(C, x, peer, step) < (2e-2 if narrow else 1e-6)
+    C.zero_()
     benchmark.group = f"covariance {dtype} d={d} n={n}"
-    benchmark(function, C, x)
+    benchmark(step)
 
 
 def test_symmetrize(benchmark):

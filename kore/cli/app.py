@@ -8,6 +8,7 @@ import typer
 
 from kore import __version__
 from kore.cli import commands, stages
+from kore.cli.bench import bench
 from kore.cli.console import interruptible
 
 app = typer.Typer(
@@ -52,3 +53,5 @@ for _function in (
 ):
     _name = "eval" if _function is stages.evaluate else _function.__name__
     app.command(_name)(interruptible(_function))
+
+app.add_typer(bench, name="bench")

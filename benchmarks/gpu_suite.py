@@ -1,0 +1,175 @@
+"""Everything that only a GPU can show, in one command: correctness first, then times, in one JSON file.
+
+    python -m benchmarks.gpu_suite                       # under 8 minutes on one H200
+    python -m benchmarks.gpu_suite --device cpu --quick  # the same code on tiny shapes
+
+Exit status: 0, everything asked for was checked and is right; 1, something is wrong or was not reached in time; 2, no
+GPU. The file is written after every section and holds what was reached, whatever happens.
+
+To add a section: write ``def section(suite: Suite) -> dict`` that stops at ``suite.deadline``, calls ``suite.fail`` for
+what is wrong, and returns what is to be stored; put it into ``SECTIONS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kore_kernels as kk
+from benchmarks import gpu_covariance, gpu_model
+from kore.bench.machine import Roofline, describe, resolve_device
+from kore.bench.show import write_json
+from kore.bench.timing import Clock
+from kore.environment import environment
+
+RESULT = Path(__file__).parent / "results" / "gpu.json"
+SCHEMA = 1
+
+
+@dataclass
+class Suite:
+    """What the sections share.
+
+    Attributes:
+        device: Where everything runs.
+        quick: Tiny shapes, for tests on a CPU.
+        output: The JSON file.
+        end: When the whole suite must be over, by time.monotonic.
+        deadline: When the running section must be over.
+        clock: Times calls on the device.
+        roofline: Set by the first section.
+        wrong: One line for everything that is wrong or was not reached.
+        result: What is written.
+    """
+
+    device: torch.device
+    quick: bool
+    output: Path
+    end: float
+    clock: Clock
+    deadline: float = 0.0
+    roofline: Roofline | None = None
+    wrong: list[str] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> str:
+        """The backend under test."""
+        return "triton" if self.device.type == "cuda" else "native"
+
+    def left(self) -> float:
+        """Seconds until the deadline of the running section."""
+        return self.deadline - time.monotonic()
+
+    def fail(self, line: str) -> None:
+        self.wrong.append(line)
+        print(f"WRONG: {line}", flush=True)
+
+    def save(self) -> None:
+        write_json(self.output, {**self.result, "wrong": self.wrong})
+
+    def give_up(self) -> None:
+        """End the process at once, with what there is: something does not come back."""
+        self.fail("the time was over in the middle of a section")
+        self.save()
+        os._exit(1)
+
+
+@dataclass(frozen=True)
+class Section:
+    """``seconds`` is the most it may take, ``needs`` a section that must have found nothing wrong."""
+
+    name: str
+    run: Callable[[Suite], dict[str, Any]]
+    seconds: float
+    needs: str | None = None
+
+
+SECTIONS = (
+    Section("roofline", gpu_covariance.roofline, 40),
+    Section("correctness", gpu_covariance.correctness, 150),
+    Section("covariance", gpu_covariance.times, 140, needs="correctness"),
+    Section("model", gpu_model.section, 110, needs="correctness"),
+)
+
+
+def run(suite: Suite, names: list[str], commit: str | None) -> int:
+    """Run the named sections; returns the exit status."""
+    facts = environment()
+    suite.result = {
+        "schema": SCHEMA,
+        "environment": {**facts, "commit": commit or facts["commit"]},
+        "machine": describe(suite.device),
+        "backends": {name: str(info) for name, info in kk.backends().items()},
+        "backend": suite.backend,
+        "quick": suite.quick,
+        "seconds": {},
+    }
+    suite.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    clean: dict[str, bool] = {}
+    for section in SECTIONS:
+        if section.name not in names:
+            continue
+        if section.needs and not clean.get(section.needs, True):
+            suite.fail(f"{section.name}: not run, because {section.needs} found something wrong")
+            continue
+        started, faults = time.monotonic(), len(suite.wrong)
+        suite.deadline = min(started + section.seconds, suite.end)
+        print(f"== {section.name}, {suite.left():.0f} s at most", flush=True)
+        try:
+            suite.result[section.name] = section.run(suite)
+        except Exception as error:
+            traceback.print_exc()
+            suite.fail(f"{section.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        clean[section.name] = len(suite.wrong) == faults
+        suite.result["seconds"][section.name] = round(time.monotonic() - started, 1)
+        if suite.device.type == "cuda":
+            torch.cuda.empty_cache()
+        suite.save()
+    print(f"{suite.output}: " + ("nothing wrong" if not suite.wrong else f"{len(suite.wrong)} wrong"), flush=True)
+    for line in suite.wrong:
+        print(f"WRONG: {line}")
+    return 1 if suite.wrong else 0
+
+
+def main() -> int:
+    names = [section.name for section in SECTIONS]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu with --quick")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes")
+    parser.add_argument("--budget", type=float, default=450.0, help="seconds after which the suite ends")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these sections")
+    parser.add_argument("--commit", help="of the code, where git cannot tell")
+    arguments = parser.parse_args()
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        print("There is no CUDA GPU here, so nothing was measured. --device cpu --quick tries the suite itself.")
+        return 2
+    device = resolve_device(arguments.device)
+    if device.type == "cpu" and not arguments.quick:
+        parser.error("--device cpu is for trying the suite: add --quick")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    end = time.monotonic() + arguments.budget
+    suite = Suite(device, arguments.quick, arguments.output, end, Clock(device))
+    guard = threading.Timer(arguments.budget + 15, suite.give_up)
+    guard.daemon = True
+    guard.start()
+    try:
+        return run(suite, arguments.only, arguments.commit)
+    finally:
+        guard.cancel()
+        guard.join()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
