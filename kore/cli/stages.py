@@ -30,6 +30,10 @@ def capture(
     max_samples: Annotated[int, typer.Option(help="Samples drawn from the data.")] = 256,
     targets: Annotated[str | None, typer.Option(help="Layers: names separated by commas, or one expression.")] = None,
     normalize: Annotated[str, typer.Option(help="none, or official (x / |max x| per sample).")] = "none",
+    tokens: Annotated[str, typer.Option(help="Which tokens count: prompt, all, image, text or answer.")] = "prompt",
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Memory for the covariances on each device, for example 12GiB.")
+    ] = None,
     batch_size: Annotated[int, typer.Option()] = 4,
     format: Format = "auto",
     on_bad_row: OnBadRow = "fail",
@@ -51,7 +55,13 @@ def capture(
         {
             **_model(model, dtype, device),
             "old": {**old, "max_samples": max_samples},
-            "capture": {"targets": _names(targets), "normalize": normalize, "batch_size": batch_size},
+            "capture": {
+                "targets": _names(targets),
+                "normalize": normalize,
+                "tokens": tokens,
+                "memory_budget": memory_budget,
+                "batch_size": batch_size,
+            },
         },
         set,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kore.data.batches import PromptBatches, prompt_batches
+from kore.data.batches import ConversationBatches, conversation_batches, prompt_batches
 from kore.data.encoder import Encoder
 from kore.data.loading import load_conversations, load_questions
 from kore.data.types import IMAGE_MARK, BadRow, Conversation, Conversations, Message, Question
@@ -11,11 +11,12 @@ __all__ = [
     "IMAGE_MARK",
     "BadRow",
     "Conversation",
+    "ConversationBatches",
     "Conversations",
     "Encoder",
     "Message",
-    "PromptBatches",
     "Question",
+    "conversation_batches",
     "load_conversations",
     "load_questions",
     "prompt_batches",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from kore.sizes import parse_bytes
 from kore.training import TrainConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -65,8 +66,19 @@ class CaptureSection(Section):
     batch_size: int = Field(default=4, ge=1)
     checkpoint_every: int = Field(default=16, ge=1)
     dtype: Literal["float32", "float64"] = "float32"
+    tokens: Literal["prompt", "all", "image", "text", "answer"] = "prompt"
+    """Which tokens count. "prompt" are those before the last answer, the others are chosen from the whole text."""
+    memory_budget: int | str | None = None
+    """Bytes, or text like 12GiB, for the matrices and token buffers on each device; null is no limit."""
     new_samples: int = Field(default=0, ge=0)
     """Also capture this many samples of the new data, for the leak on new inputs in the report."""
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _bytes(cls, value: int | str | None) -> int | str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
 
 
 class AdapterSection(Section):

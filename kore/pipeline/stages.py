@@ -37,7 +37,7 @@ class CaptureStage:
     name: str = "capture"
 
     def inputs(self) -> dict[str, Any]:
-        settings = self.settings.model_dump(exclude={"new_samples"})
+        settings = self.settings.model_dump(exclude={"new_samples", "memory_budget"})
         return {
             **_model_inputs(self.model),
             **_data_inputs("old", self.old),
@@ -52,30 +52,35 @@ class CaptureStage:
         self._conversations(context)
 
     def _conversations(self, context: Workbench) -> Any:
-        return context.conversations(self.old, self.seed, require_answer=False)
+        return context.conversations(self.old, self.seed, require_answer=self.settings.tokens != "prompt")
 
     def run(self, context: Workbench) -> str:
         import torch
 
         from kore.capture import capture_covariance
-        from kore.data import prompt_batches
+        from kore.data import conversation_batches, prompt_batches
 
         conversations = self._conversations(context)
-        batches = prompt_batches(conversations, context.encoder, self.settings.batch_size)
+        prompts, tokens = self.settings.tokens == "prompt", self.settings.tokens
+        make_batches = prompt_batches if prompts else conversation_batches
+        batches = make_batches(conversations, context.encoder, self.settings.batch_size)
         covariance = capture_covariance(
             context.base(),
             batches,
             targets=self.settings.targets,
             normalize=self.settings.normalize,
             progress=context.progress,
+            tokens="all" if prompts else tokens,
+            memory_budget=self.settings.memory_budget,
             checkpoint=self.output / "checkpoint",
             checkpoint_every=self.settings.checkpoint_every,
             dtype=getattr(torch, self.settings.dtype),
         )
+        covariance.selection = tokens
         covariance.save(self.output)
-        tokens = max(group.tokens for group in covariance.groups)
+        counted = max(group.tokens for group in covariance.groups)
         modules, groups = len(covariance.modules), len(covariance.groups)
-        return f"{len(conversations)} samples, {tokens:,} tokens, {modules} layers in {groups} groups"
+        return f"{len(conversations)} samples, {counted:,} tokens, {modules} layers in {groups} groups"
 
 
 @dataclass(frozen=True)
