@@ -78,7 +78,7 @@ def correctness(suite: Suite) -> dict[str, Any]:
         with settings(suite.device, backend):
             for index, check in enumerate(checks(suite.quick)):
                 if suite.left() < 5:
-                    suite.fail(f"{backend}: {len(checks(suite.quick)) - index} checks were not reached in time")
+                    suite.miss(f"{backend}: {len(checks(suite.quick)) - index} checks")
                     break
                 torch.manual_seed(index)
                 rows.append(_compare(check, suite.device))
@@ -187,7 +187,7 @@ def times(suite: Suite) -> dict[str, Any]:
     with settings(suite.device, suite.backend):
         for dtype, d, n in planned:
             if suite.left() < 8:
-                suite.fail(f"times: {len(planned) - len(rows)} cases were not reached in time")
+                suite.miss(f"times: {len(planned) - len(rows)} cases")
                 break
             running, stored["left_out"][name_of(dtype)] = peers.select(suite.device, dtype)
             timed = [peer for peer in running if not peer.scaled]

@@ -7,7 +7,7 @@ Exit status: 0, everything asked for was checked and is right; 1, something is w
 GPU. The file is written after every section and holds what was reached, whatever happens.
 
 To add a section: write ``def section(suite: Suite) -> dict`` that stops at ``suite.deadline``, calls ``suite.fail`` for
-what is wrong, and returns what is to be stored; put it into ``SECTIONS``.
+what is wrong and ``suite.miss`` for what it did not reach, and returns what is to be stored; put it into ``SECTIONS``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Suite:
         deadline: When the running section must be over.
         clock: Times calls on the device.
         roofline: Set by the first section.
-        wrong: One line for everything that is wrong or was not reached.
+        wrong: One line for everything that is wrong.
+        missed: One line for everything that was not reached in time.
         result: What is written.
     """
 
@@ -59,6 +60,7 @@ class Suite:
     deadline: float = 0.0
     roofline: Roofline | None = None
     wrong: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,12 +76,16 @@ class Suite:
         self.wrong.append(line)
         print(f"WRONG: {line}", flush=True)
 
+    def miss(self, line: str) -> None:
+        self.missed.append(line)
+        print(f"NOT REACHED: {line}", flush=True)
+
     def save(self) -> None:
-        write_json(self.output, {**self.result, "wrong": self.wrong})
+        write_json(self.output, {**self.result, "wrong": self.wrong, "missed": self.missed})
 
     def give_up(self) -> None:
         """End the process at once, with what there is: something does not come back."""
-        self.fail("the time was over in the middle of a section")
+        self.miss("the end of the running section")
         self.save()
         os._exit(1)
 
@@ -135,10 +141,10 @@ def run(suite: Suite, names: list[str], commit: str | None) -> int:
         if suite.device.type == "cuda":
             torch.cuda.empty_cache()
         suite.save()
-    print(f"{suite.output}: " + ("nothing wrong" if not suite.wrong else f"{len(suite.wrong)} wrong"), flush=True)
-    for line in suite.wrong:
-        print(f"WRONG: {line}")
-    return 1 if suite.wrong else 0
+    print(f"{suite.output}: {len(suite.wrong)} wrong, {len(suite.missed)} not reached in time", flush=True)
+    for line in (*suite.wrong, *suite.missed):
+        print(line)
+    return 1 if suite.wrong or suite.missed else 0
 
 
 def main() -> int:
