@@ -119,8 +119,7 @@ def backends() -> dict[str, BackendInfo]:
     else:
         triton_detail = "interpreter, for tests" if interpreting() else "passed the GPU suite on this architecture"
     gpu_ops = {name: tuple(f"{op} on cuda" for op, chosen in on_gpu.items() if chosen == name) for name in BACKENDS}
-    missing = extension.refusal()
-    native_detail = f"{f'no compiled kernels ({missing})' if missing else extension.describe()}; {blas.describe()}"
+    native_detail = f"{extension.describe()}; {blas.describe()}"
     rows = [
         BackendInfo("native", True, tuple(f"{op} on cpu" for op in PROVEN_ON_GPU), native_detail),
         BackendInfo("triton", refusal is None, gpu_ops["triton"], triton_detail),

@@ -1,7 +1,7 @@
 """The compiled CPU kernels (``csrc/``): whether they are there, and the instruction set they use.
 
 An installation without them works: the operations then use BLAS and torch. ``KORE_CPU_ISA``, read at each call, asks
-for a lower instruction set than the best one: portable, avx2, avx512, avx512_bf16 or amx_bf16.
+for an instruction set below the machine's best: portable, avx2, avx512, avx512_bf16 or amx_bf16.
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ def refusal() -> str | None:
 
 
 def describe() -> str:
-    """What the compiled kernels are made of."""
+    """What the compiled kernels are made of, or why they are not used."""
+    missing = refusal()
+    if missing:
+        return f"no compiled kernels ({missing})"
+    try:
+        level = ISAS[isa()]
+    except (ValueError, RuntimeError) as error:
+        level = str(error)
     threads = torch.get_num_threads()
-    return f"compiled kernels ({ISAS[isa()]}, {threads} thread{'s' if threads > 1 else ''})"
+    return f"compiled kernels ({level}; {threads} thread{'s' if threads > 1 else ''})"
 
 
 def isa() -> int:

@@ -16,12 +16,11 @@ namespace {
 using kore::Kernel;
 using kore::Rows;
 
-constexpr int64_t BLOCK = 96;              // edge of a block of C, a multiple of every kernel's rows and columns
-constexpr int64_t CHUNK_BYTES = 4 << 20;   // packed at a time ...
-constexpr int64_t CHUNK_ROWS = 512;        // ... but at least so many rows, as C passes through memory once a chunk
-constexpr int64_t PANEL_BYTES = 32 << 10;  // of a panel, that much is multiplied at a time: it stays in the first cache
-constexpr int64_t LONGEST_SUM = 512;       // rows that are summed before they are added to C, which bounds the rounding
-constexpr double SMALL = 4e6;              // multiplications that are not worth waking a thread
+constexpr int64_t BLOCK = 96;             // edge of a block of C, a multiple of every kernel's rows and columns
+constexpr int64_t LONGEST_SUM = 192;      // rows that are summed before they are added to C, which bounds the rounding
+constexpr int64_t CHUNK_BYTES = 6 << 20;  // packed at a time ...
+constexpr int64_t CHUNK_ROWS = 384;       // ... but at least so many rows, as C passes through memory once a chunk
+constexpr double SMALL = 4e6;             // multiplications that are not worth waking a thread
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -51,9 +50,9 @@ public:
         two_sides = x.scale || kernel.pack_left != kernel.pack_right;
         panels = ceil_div(d, kernel.columns);
         step_width = int64_t(kernel.columns) * kernel.step_bytes;
-        longest = std::min(PANEL_BYTES / step_width, LONGEST_SUM / kernel.depth);
+        longest = LONGEST_SUM / kernel.depth;
         const int64_t bytes_of_a_row = panels * step_width / kernel.depth * (two_sides ? 2 : 1);
-        const int64_t rows = std::max(CHUNK_ROWS, CHUNK_BYTES / bytes_of_a_row / CHUNK_ROWS * CHUNK_ROWS);
+        const int64_t rows = std::max(CHUNK_ROWS, CHUNK_BYTES / bytes_of_a_row / LONGEST_SUM * LONGEST_SUM);
         chunk = std::min(rows, ceil_div(kept, kernel.depth) * kernel.depth);
         panel_bytes = chunk / kernel.depth * step_width;
         right = workspace(panels * panel_bytes * (two_sides ? 2 : 1));
