@@ -26,6 +26,7 @@ class Accumulator:
     def __init__(self, dim: int, device: torch.device, storage: Storage, buffer_rows: int) -> None:
         self.dim, self.device, self.storage, self.buffer_rows = dim, device, storage, buffer_rows
         self.triangle: Triangle | None = None
+        self._visits = False
         self._waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._buffer: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
@@ -36,6 +37,7 @@ class Accumulator:
         """Make C, if that is not done. On another device than the rows, it visits them for each update."""
         if self.triangle is None:
             self.triangle = self.storage.place(self.dim, self.device)
+            self._visits = self.triangle.matrix.device != self.device
             waiting, self._waiting = self._waiting, []
             for x, mask in waiting:
                 self._update(x, mask)
@@ -90,19 +92,22 @@ class Accumulator:
 
         assert self.triangle is not None
         C, half = self.triangle.matrix, self.triangle.half
-        if C.device == x.device:
+        if not self._visits:
             covariance_update_(C, x, mask=mask, triangle=half)
-        else:
-            visiting = torch.empty_like(C, device=x.device).copy_(C, non_blocking=True)
-            covariance_update_(visiting, x, mask=mask, triangle=half)
-            C.copy_(visiting, non_blocking=True)
+            return
+        ordered = x.device.type == "cuda"  # by the stream
+        visiting = torch.empty_like(C, device=x.device).copy_(C, non_blocking=ordered)
+        covariance_update_(visiting, x, mask=mask, triangle=half)
+        C.copy_(visiting, non_blocking=ordered)
 
     def tokens(self) -> int:
         """Rows accumulated so far. Waits for the device where only that knows."""
         return int(self._tokens)
 
     def is_finite(self) -> bool:
-        """Whether no NaN or inf has been flushed into C. Waits for the device."""
+        """Whether no NaN or inf has been flushed into C. Waits for the device, whereupon the host may read C."""
+        if self._visits and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return self.triangle is None or bool(torch.isfinite(self.triangle.matrix.diagonal()).all())
 
     def restore(self, matrix: torch.Tensor, tokens: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,7 +52,8 @@ class MemoryPlan:
     budget: int | None = None
 
     def peak(self) -> dict[str, int]:
-        """Bytes at the same time, by device."""
+        """Bytes at the same time, by device. Rows of the first batch that exceed the buffers come on top when there
+        is no budget: they wait for the matrices."""
         peak: Counter[str] = Counter()
         for window in self.windows:
             peak |= self._bytes([self.groups[index] for index in window])
@@ -154,14 +155,16 @@ def make_plan(
     """
     groups = tuple(groups)
     everything = (tuple(range(len(groups))),)
-    plan = MemoryPlan(groups, "packed" if storage == "auto" else storage, everything, dtype, buffer_rows, budget)
+    on_host = all(group.device == HOST for group in groups)
+    kind = "packed" if storage == "auto" or (storage == "offload" and on_host) else storage
+    plan = MemoryPlan(groups, kind, everything, dtype, buffer_rows, budget)
     over = plan.excess(groups)
     if over is None:
         return plan
     if again:
-        return MemoryPlan(groups, plan.storage, _windows(plan), dtype, buffer_rows, budget)
-    if storage == "auto" and any(group.device != HOST for group in groups):
-        offloaded = MemoryPlan(groups, "offload", everything, dtype, buffer_rows, budget)
+        return replace(plan, windows=_windows(plan))
+    if storage == "auto" and not on_host:
+        offloaded = replace(plan, storage="offload")
         if offloaded.excess(groups) is None:
             return offloaded
     assert budget is not None
@@ -196,7 +199,7 @@ def free_bytes(device: str) -> int | None:
 
         return int(psutil.virtual_memory().available)
     where = torch.device(device)
-    if where.type != "cuda":
+    if where.type != "cuda" or not torch.cuda.is_available():
         return None
     reserve = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
     return int(torch.cuda.mem_get_info(where)[0] + reserve)

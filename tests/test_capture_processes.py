@@ -1,0 +1,119 @@
+"""Several processes that capture together."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kore.capture import capture_covariance
+from kore.capture.input_groups import agree
+from kore.covariance import Group, load_covariance
+from kore.errors import KoreError
+from tests.batches import MODELS, make_batches
+from tests.capture_worker import Whole, whole_batches
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(output: Path, *cases: str) -> list[subprocess.CompletedProcess[bytes]]:
+    """Run the cases in two processes; one that the other has left waiting is ended."""
+    output.mkdir(exist_ok=True)
+    store = output / f"store-{cases[0]}"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.capture_worker", str(rank), "2", str(store), str(output), *cases],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    done = []
+    for worker in workers:
+        try:
+            _, errors = worker.communicate(timeout=120)
+        finally:
+            worker.kill()
+        done.append(subprocess.CompletedProcess(worker.args, worker.returncode, None, errors))
+    return done
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    for worker in launch(folder, "whole", "llava", "idle", "windows", "fails", "alone", "killed"):
+        assert worker.returncode == -signal.SIGKILL, worker.stderr.decode()
+    return folder
+
+
+def pair(folder: Path, case: str):
+    first, second = (load_covariance(folder / f"{case}-{rank}") for rank in range(2))
+    assert first.groups == second.groups and first.fingerprint == second.fingerprint
+    for name in first.modules:
+        assert torch.equal(first[name], second[name]), name
+    return first
+
+
+def test_whole_numbers_add_up_to_the_very_bits_of_one_process(results):
+    torch.manual_seed(0)
+    one = capture_covariance(Whole(), whole_batches(5), progress=False, distributed=False)
+    two = pair(results, "whole")
+    assert two.groups == one.groups and len(one.groups) == 2
+    assert all(torch.equal(two[name], one[name]) for name in one.modules)
+
+
+@pytest.mark.parametrize(("case", "count"), [("llava", 5), ("idle", 3), ("windows", 5)])
+def test_processes_with_different_data_equal_one_with_all_of_it(results, case, count):
+    one = capture_covariance(MODELS["llava"](), make_batches("llava", count), progress=False, dtype=torch.float64)
+    two = pair(results, case)
+    assert two.groups == one.groups
+    for name in one.modules:
+        scale = float(one[name].diagonal().max())
+        torch.testing.assert_close(two[name].double(), one[name], rtol=0, atol=2e-6 * scale)
+
+
+def test_windows_are_the_same_in_all_processes(results):
+    folders = [sorted(p.name for p in (results / "windows").glob(f"process-0000{rank}/*")) for rank in range(2)]
+    assert folders[0] == folders[1] and "window-001" in folders[0]
+
+
+def test_a_failure_in_one_process_ends_them_all(results):
+    own, other = ((results / f"error-{rank}").read_text() for rank in (1, 0))
+    assert "process" not in own and other == f"process 1 of the capture failed: {own}"
+
+
+def test_distributed_false_is_for_each_process_alone(results):
+    for rank in range(2):
+        one = capture_covariance(MODELS["llava"](), make_batches("llava", 1 + rank), progress=False)
+        alone = load_covariance(results / f"alone-{rank}")
+        assert alone.groups == one.groups and all(torch.equal(alone[name], one[name]) for name in one.modules)
+
+
+def test_killed_processes_continue_from_their_own_checkpoints(results):
+    assert len(list((results / "checkpoint").glob("process-*/manifest.json"))) == 2
+    for worker in launch(results, "continued"):
+        assert worker.returncode == 0, worker.stderr.decode()
+    one = capture_covariance(MODELS["llava"](), make_batches("llava", 6), progress=False)
+    two = pair(results, "continued")
+    assert two.groups == one.groups
+    for name in one.modules:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(KoreError, match="another processes"):
+        folder = results / "checkpoint" / "process-00000"
+        capture_covariance(MODELS["llava"](), make_batches("llava", 6), checkpoint=folder, checkpoint_every=1)
+
+
+def test_groups_of_processes_that_lack_some_or_differ():
+    ab, c = Group("a", ("a", "b"), 4, 7), Group("c", ("c",), 4, 2)
+    assert agree([[ab], [], [c, ab]]) == [Group("a", ("a", "b"), 4, 14), c]
+    with pytest.raises(KoreError, match=r"b: process 1 found other layers that read its input .* share_inputs=False"):
+        agree([[ab], [Group("b", ("b",), 4, 1)]])
+
+
+def test_a_group_needs_torch_distributed():
+    with pytest.raises(KoreError, match="init_process_group"):
+        capture_covariance(MODELS["llama"](), make_batches("llama", 1), distributed=True)
