@@ -1,10 +1,9 @@
-"""One of several processes that capture together: ``capture_worker.py RANK COUNT STORE OUTPUT CASES``."""
+"""What each of two processes that capture together does in ``test_capture_processes``."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -70,10 +69,9 @@ def run(case: str, rank: int, output: Path) -> None:
     cov.save(output / f"{case}-{rank}")
 
 
-if __name__ == "__main__":
-    rank, count, store, output, *cases = sys.argv[1:]
+def work(rank: int, store: Path, output: Path, cases: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(count))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for case in cases:
-        run(case, int(rank), Path(output))
+        run(case, rank, output)
     dist.destroy_process_group()

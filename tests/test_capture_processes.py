@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,38 +14,26 @@ from kore.capture.input_groups import agree
 from kore.covariance import Group, load_covariance
 from kore.errors import KoreError
 from tests.batches import MODELS, make_batches
-from tests.capture_worker import Whole, whole_batches
-
-ROOT = Path(__file__).parents[1]
+from tests.capture_worker import Whole, whole_batches, work
 
 
-def launch(output: Path, *cases: str) -> list[subprocess.CompletedProcess[bytes]]:
-    """Run the cases in two processes; one that the other has left waiting is ended."""
-    output.mkdir(exist_ok=True)
+def launch(output: Path, *cases: str) -> list[int | None]:
+    """Run the cases in two processes; returns how they ended. They are forked: importing takes longer than the work."""
+    context = multiprocessing.get_context("fork")
     store = output / f"store-{cases[0]}"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.capture_worker", str(rank), "2", str(store), str(output), *cases],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    done = []
+    workers = [context.Process(target=work, args=(rank, store, output, cases), daemon=True) for rank in range(2)]
     for worker in workers:
-        try:
-            _, errors = worker.communicate(timeout=120)
-        finally:
-            worker.kill()
-        done.append(subprocess.CompletedProcess(worker.args, worker.returncode, None, errors))
-    return done
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+        worker.kill()
+    return [worker.exitcode for worker in workers]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    for worker in launch(folder, "whole", "llava", "idle", "windows", "fails", "alone", "killed"):
-        assert worker.returncode == -signal.SIGKILL, worker.stderr.decode()
+    assert launch(folder, "whole", "llava", "idle", "windows", "fails", "alone", "killed") == [-signal.SIGKILL] * 2
     return folder
 
 
@@ -95,8 +82,7 @@ def test_distributed_false_is_for_each_process_alone(results):
 
 def test_killed_processes_continue_from_their_own_checkpoints(results):
     assert len(list((results / "checkpoint").glob("process-*/manifest.json"))) == 2
-    for worker in launch(results, "continued"):
-        assert worker.returncode == 0, worker.stderr.decode()
+    assert launch(results, "continued") == [0, 0]
     one = capture_covariance(MODELS["llava"](), make_batches("llava", 6), progress=False)
     two = pair(results, "continued")
     assert two.groups == one.groups
