@@ -20,11 +20,11 @@ _INK, _GRID = "#22272d", "#e6e9e5"
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """A row per case and contender: its time, its share of the roofline, how much longer than ours, its error."""
+    """A row per case and contender: its time, its share of the roofline, its ratio to ours, its error."""
     from rich.table import Table
 
     shown = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-    for heading in ("x", "d", "N", "", "time", "roof", "/ ours", "range", "error"):
+    for heading in ("x", "d", "N", "", "time", "roof", "× ours", "range", "error"):
         shown.add_column(heading, justify="left" if heading in ("x", "") else "right", no_wrap=True)
     for case in result["cases"]:
         for name, values in case["contenders"].items():
@@ -50,7 +50,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{where}{threads}, backend {result['backend']}, commit {result['environment']['commit']}",
         f"measured: products {rates}; copy {roofline['bytes_per_second'] / 1e9:.1f} GB/s",
-        "/ ours: how many times as long as ours, the median and range of interleaved rounds with cold caches. error: "
+        "× ours: how many times as long as ours, the median and range of interleaved rounds with cold caches. error: "
         "against float64, checked before timing. roof: share of the roofline, which compute (c) or memory (m) sets.",
     ]
     if any(case["dtype"] != "float32" for case in result["cases"]):
