@@ -206,7 +206,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, str | None]:
     Returns:
         ``architecture``, the class name; ``structure``, a hash of the linear layers' names and shapes;
         ``weights``, a hash of samples of their weights rounded to bfloat16 (the same for a model loaded in
-        float32 and in bfloat16), or None where the weights are quantised or on the meta device.
+        float32 and in bfloat16), or None where weights are quantised, sharded or on the meta device.
     """
     import torch
 
@@ -214,13 +214,14 @@ def model_fingerprint(model: nn.Module) -> dict[str, str | None]:
     structure, weights, readable = hashlib.sha256(), hashlib.sha256(), True
     for name, linear in linears.items():
         structure.update(f"{name}{linear_shape(linear)}\n".encode())
-        weight: torch.Tensor = linear.weight.detach()
-        if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
+        weight = linear.weight  # of a quantised layer it can be packed, of another tensor class, or a method
+        plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+        if not plain or not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
             readable = False
             continue
         index = torch.linspace(0, weight.numel() - 1, _FINGERPRINT_SAMPLES, dtype=torch.float64).long()
         index = torch.stack([index // weight.shape[-1], index % weight.shape[-1]]).to(weight.device)
-        sample = weight.reshape(-1, weight.shape[-1])[index[0], index[1]]
+        sample = weight.detach().reshape(-1, weight.shape[-1])[index[0], index[1]]
         weights.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return {
         "architecture": type(base_model(model)).__name__,
