@@ -344,14 +344,25 @@ KILLED = """
     from kore.capture import capture_covariance
     from tests.batches import MODELS, make_batches
 
-    def batches():
-        for index, batch in enumerate(make_batches("llama", 6)):
-            if index == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield batch
+    class Batches:
+        passes = 0
+
+        def __init__(self, last):
+            self.last = last
+
+        def __iter__(self):
+            self.passes += 1
+            for index, batch in enumerate(make_batches("llama", 6)):
+                if index == 3 and self.passes == self.last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield batch
 
     torch.set_num_threads(int(sys.argv[2]))
-    capture_covariance(MODELS["llama"](), batches(), checkpoint=sys.argv[1], checkpoint_every=2)
+    if os.fork() == 0:
+        capture_covariance(MODELS["llama"](), Batches(1), checkpoint=sys.argv[1] + "/one", checkpoint_every=2)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
+    budget = dict(memory_budget="100kb", buffer_rows=64)
+    capture_covariance(MODELS["llama"](), Batches(3), checkpoint=sys.argv[1] + "/several", checkpoint_every=2, **budget)
 """
 
 
@@ -363,11 +374,15 @@ def test_kill_9_during_capture(tmp_path):
     batches, forwards = make_batches("llama", 6), []
     model = MODELS["llama"]()
     model.register_forward_pre_hook(lambda module, args: forwards.append(1))
-    continued = capture_covariance(model, batches, checkpoint=tmp_path / "killed", checkpoint_every=2)
-    assert len(forwards) == 4
-    whole = capture_covariance(model, batches, checkpoint=tmp_path / "whole", checkpoint_every=2)
-    assert continued.groups == whole.groups
-    assert all(torch.equal(continued[name], whole[name]) for name in whole.modules)
+    budget = {"memory_budget": "100kb", "buffer_rows": 64}
+    for name, options, left in (("one", {}, 4), ("several", budget, 1 + 4 + 6)):
+        forwards.clear()
+        killed = tmp_path / "killed" / name
+        continued = capture_covariance(model, batches, checkpoint=killed, checkpoint_every=2, **options)
+        assert len(forwards) == left
+        whole = capture_covariance(model, batches, checkpoint=tmp_path / name, checkpoint_every=2, **options)
+        assert continued.groups == whole.groups
+        assert all(torch.equal(continued[name], whole[name]) for name in whole.modules)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from kore.cli import console, main
+from kore.covariance import load_covariance
 from tests.tiny import save_tiny, tiny_conversations
 
 COMMANDS = ["demo", "run", "capture", "init", "train", "merge", "eval", "doctor"]
@@ -90,6 +91,27 @@ def test_capture_init_train_eval_merge(work, tmp_path, capsys):
     assert (tmp_path / "merged" / "config.json").is_file()
     assert main([str(word) for word in train]) == 0
     assert "skipped" in capsys.readouterr().out
+
+
+def test_capture_chooses_tokens_and_keeps_to_a_budget(work, tmp_path, capsys):
+    capture = ["capture", "-m", f"{work}/model", "-d", f"{work}/data/conversations.json", "--device", "cpu"]
+    assert main([*capture, "-o", f"{tmp_path}/all", "--tokens", "all", "--memory-budget", "4MiB"]) == 0
+    assert "one pass" in capsys.readouterr().err
+    assert main([*capture, "-o", f"{tmp_path}/answers", "--tokens", "answer", "--memory-budget", "1MiB"]) == 0
+    assert "6 passes over the data" in capsys.readouterr().err
+    prompt, everything, answers = (
+        load_covariance(folder) for folder in (work / "cov", tmp_path / "all", tmp_path / "answers")
+    )
+    assert [cov.selection for cov in (prompt, everything, answers)] == ["prompt", "all", "answer"]
+    name = prompt.modules[0]
+    assert 0 < answers.tokens(name) < prompt.tokens(name) < everything.tokens(name)
+    assert prompt.groups[0].modules == answers.groups[0].modules and not (tmp_path / "answers" / "checkpoint").exists()
+    for line, words in (
+        ("capture.memory_budget: expected a number of bytes", ["--memory-budget", "much"]),
+        ("capture.tokens", ["--tokens", "none"]),
+        ("alone needs", ["--memory-budget", "1KiB"]),
+    ):
+        assert line in fails(capsys, [*capture, "-o", tmp_path / "wrong", *words])
 
 
 def test_bad_input_is_one_line_and_status_2(work, tmp_path, capsys):
