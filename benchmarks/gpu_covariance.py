@@ -191,7 +191,8 @@ def times(suite: Suite) -> dict[str, Any]:
                 break
             running, stored["left_out"][name_of(dtype)] = peers.select(suite.device, dtype)
             timed = [peer for peer in running if not peer.scaled]
-            rows.append(covariance.measure(d, n, dtype, suite.clock, suite.roofline, timed, rounds, seconds=2.5))
+            case = covariance.measure(d, n, dtype, suite.clock, timed, rounds, seconds=2.5)
+            rows.append(covariance.against(case, suite.roofline))
             print(_line(rows[-1]), flush=True)
             suite.save()
         if suite.device.type == "cuda":

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kore.bench.machine import Roofline, backend_of, describe, measure_roofline, name_of
+from kore.bench.machine import DTYPES, Roofline, backend_of, describe, measure_roofline, name_of
 from kore.bench.peers import ADDMM, OURS, Peer, select
 from kore.bench.timing import Clock, Step, in_turn, ratio
 from kore.environment import environment
@@ -46,7 +46,7 @@ class Plan:
 
 
 def run(plan: Plan, device: torch.device, say: Callable[[dict[str, Any]], None] = lambda case: None) -> dict[str, Any]:
-    """Measure the machine, then every case of the plan; ``say`` hears of each case when it is done.
+    """Measure the machine, every case of the plan, and the machine again; ``say`` hears of each case when it is done.
 
     Returns:
         A dictionary for JSON: environment, machine, roofline, cases, and why a peer was left out.
@@ -56,21 +56,23 @@ def run(plan: Plan, device: torch.device, say: Callable[[dict[str, Any]], None] 
     """
     clock = Clock(device)
     roofline = measure_roofline(clock, plan.dtypes, plan.quick)
-    cases, left_out = [], {}
+    cases: list[dict[str, Any]] = []
+    left_out = {}
     for dtype in plan.dtypes:
         peers, reasons = select(device, dtype)
         left_out[name_of(dtype)] = reasons
         for d in plan.dims:
             for n in plan.tokens:
-                cases.append(measure(d, n, dtype, clock, roofline, peers, plan.rounds, plan.seconds))
+                cases.append(measure(d, n, dtype, clock, peers, plan.rounds, plan.seconds))
                 say(cases[-1])
+    roofline = roofline.best(measure_roofline(clock, plan.dtypes, plan.quick))
     return {
         "schema": SCHEMA,
         "environment": environment(),
         "machine": describe(device),
         "backend": backend_of("covariance_update", device),
         "roofline": roofline.as_dict(),
-        "cases": cases,
+        "cases": [against(case, roofline) for case in cases],
         "left_out": left_out,
     }
 
@@ -80,7 +82,6 @@ def measure(
     n: int,
     dtype: torch.dtype,
     clock: Clock,
-    roofline: Roofline,
     peers: Sequence[Peer],
     rounds: int,
     seconds: float = float("inf"),
@@ -103,19 +104,15 @@ def measure(
 
     names = {id(step): name for name, step in steps.items()}
     times = in_turn(steps, timed, rounds, seconds=seconds)
-    floor, bound = roofline.floor(d, n, dtype)
     return {
         "d": d,
         "n": n,
         "dtype": name_of(dtype),
-        "floor_ms": 1e3 * floor,
-        "bound": bound,
         "rounds": len(times[OURS]),
         "contenders": {
             name: {
                 "median_ms": statistics.median(values),
                 "range_ms": [min(values), max(values)],
-                "of_roofline": 1e3 * floor / statistics.median(values),
                 "ours_is_faster": ratio(values, times[OURS]),
                 "relative_error": errors[name],
                 "launch_bound": launch_bound[name],
@@ -124,6 +121,16 @@ def measure(
         },
         "refused": refused,
     }
+
+
+def against(case: Mapping[str, Any], roofline: Roofline) -> dict[str, Any]:
+    """A case with its floor, what sets that, and every contender's share of the roofline."""
+    seconds, bound = roofline.floor(case["d"], case["n"], DTYPES[case["dtype"]])
+    contenders = {
+        name: {**values, "of_roofline": 1e3 * seconds / values["median_ms"]}
+        for name, values in case["contenders"].items()
+    }
+    return {**case, "floor_ms": 1e3 * seconds, "bound": bound, "contenders": contenders}
 
 
 def _checked(C: Tensor, x: Tensor, peers: Sequence[Peer]) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:

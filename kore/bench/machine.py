@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from kore.bench.timing import Clock
 from kore.errors import KoreError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TRIES = 7
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -117,6 +117,11 @@ class Roofline:
         memory, compute = traffic / self.bytes_per_second, n * d * (d + 1) / self.flops_per_second[name_of(dtype)]
         return max(memory, compute), "memory" if memory > compute else "compute"
 
+    def best(self, other: Roofline) -> Roofline:
+        """The higher rate of each kind: what else ran on the machine can only lower a rate."""
+        flops = {name: max(rate, other.flops_per_second[name]) for name, rate in self.flops_per_second.items()}
+        return Roofline(max(self.bytes_per_second, other.bytes_per_second), flops)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -141,15 +146,15 @@ def _copy_rate(clock: Clock, size: int) -> float:
     """byte/s, read and written bytes counted, of a copy of ``size`` bytes."""
     source = torch.ones(size // 4, dtype=torch.float32, device=clock.device)
     target = torch.zeros_like(source)
-    times = [clock.milliseconds(lambda: target.copy_(source)) for _ in range(6)][1:]
-    return 2e3 * size / statistics.median(times)
+    times = [clock.milliseconds(lambda: target.copy_(source)) for _ in range(_TRIES + 1)][1:]
+    return 2e3 * size / min(times)
 
 
 def _product_rate(clock: Clock, dtype: torch.dtype, size: int) -> float:
     """flop/s of the fastest library product of two (size, size) matrices."""
     torch.manual_seed(0)
     a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
-    times = [clock.milliseconds(lambda: torch.mm(a, b)) for _ in range(6)][1:]
+    times = [clock.milliseconds(lambda: torch.mm(a, b)) for _ in range(_TRIES + 1)][1:]
     if clock.device.type == "cpu" and dtype == torch.float32:
         times += _blas_times(clock, a, b)
     return 2e3 * size**3 / min(times)
@@ -162,7 +167,7 @@ def _blas_times(clock: Clock, a: torch.Tensor, b: torch.Tensor) -> list[float]:
     except ImportError:
         return []
     left, right = a.numpy().T, b.numpy().T
-    return [clock.milliseconds(lambda: sgemm(1.0, left, right)) for _ in range(6)][1:]
+    return [clock.milliseconds(lambda: sgemm(1.0, left, right)) for _ in range(_TRIES + 1)][1:]
 
 
 def _tf32_rate(clock: Clock) -> float:
