@@ -81,7 +81,11 @@ def correctness(suite: Suite) -> dict[str, Any]:
                     suite.miss(f"{backend}: {len(checks(suite.quick)) - index} checks")
                     break
                 torch.manual_seed(index)
-                rows.append(_compare(check, suite.device))
+                try:
+                    rows.append(_compare(check, suite.device))
+                except Exception as error:
+                    suite.fail(f"{backend}, {check}: {one_line(error)}")
+                    continue
                 for fault in rows[-1]["faults"]:
                     suite.fail(f"{backend}, {check}: {fault}")
             for fault in (*_propagation(suite.device), *_symmetry(suite.device)):
@@ -183,19 +187,25 @@ def cases(quick: bool) -> list[tuple[torch.dtype, int, int]]:
 
 def times(suite: Suite) -> dict[str, Any]:
     """One update beside torch's full products, as a fraction of the roofline."""
+    if suite.roofline is None:
+        suite.result["roofline"] = roofline(suite)
     assert suite.roofline is not None
     rows: list[dict[str, Any]] = []
     planned, rounds = cases(suite.quick), 3 if suite.quick else 9
     stored: dict[str, Any] = {"cases": rows, "extra_bytes": {}, "left_out": {}}
     suite.result["covariance"] = stored
     with settings(suite.device, suite.backend):
-        for dtype, d, n in planned:
+        for index, (dtype, d, n) in enumerate(planned):
             if suite.left() < 8:
-                suite.miss(f"times: {len(planned) - len(rows)} cases")
+                suite.miss(f"times: {len(planned) - index} cases")
                 break
             running, stored["left_out"][name_of(dtype)] = peers.select(suite.device, dtype)
             timed = [peer for peer in running if not peer.scaled]
-            case = covariance.measure(d, n, dtype, suite.clock, timed, rounds, seconds=2.5)
+            try:
+                case = covariance.measure(d, n, dtype, suite.clock, timed, rounds, seconds=2.5)
+            except Exception as error:
+                suite.fail(f"{name_of(dtype)} d={d} N={n}: {one_line(error)}")
+                continue
             rows.append(covariance.against(case, suite.roofline))
             print(_line(rows[-1]), flush=True)
             suite.save()
@@ -226,6 +236,11 @@ def _goals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def one_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def _extra_bytes(device: torch.device, dtype: torch.dtype) -> int:
     """Peak memory that one update at d = 4096, N = 2048 takes from the allocator."""
     x, C = torch.randn(2048, 4096, device=device).to(dtype), torch.zeros(4096, 4096, device=device)
@@ -249,6 +264,3 @@ def _line(case: dict[str, Any]) -> str:
         f"{case['dtype']:9} d={case['d']:<6} N={case['n']:<5} {1e3 * ours['median_ms']:9.1f} µs "
         f"{100 * ours['of_roofline']:4.0f} % of {case['bound']:7}{mark}  {', '.join(others)}"
     )
-
-
-__all__ = ["cases", "checks", "correctness", "full_product", "roofline", "times"]

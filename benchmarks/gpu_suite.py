@@ -135,7 +135,7 @@ def run(suite: Suite, names: list[str], commit: str | None) -> int:
             suite.result[section.name] = section.run(suite)
         except Exception as error:
             traceback.print_exc()
-            suite.fail(f"{section.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            suite.fail(f"{section.name}: {gpu_covariance.one_line(error)}")
         clean[section.name] = len(suite.wrong) == faults
         suite.result["seconds"][section.name] = round(time.monotonic() - started, 1)
         if suite.device.type == "cuda":

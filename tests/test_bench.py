@@ -274,6 +274,24 @@ def test_a_wrong_kernel_fails_the_gpu_suite_and_is_not_timed(tmp_path, monkeypat
     assert "covariance" not in result and "model" not in result
 
 
+def test_a_kernel_that_raises_is_one_fault_and_the_other_checks_go_on(tmp_path, monkeypatch):
+    import kore_kernels as kk
+    from benchmarks.gpu_suite import run
+
+    real = kk.covariance_update_
+
+    def breaks_on_weights(C, x, *, weight=None, **rest):
+        if weight is not None:
+            raise RuntimeError("no such instruction\nand more")
+        return real(C, x, **rest)
+
+    monkeypatch.setattr(kk, "covariance_update_", breaks_on_weights)
+    assert run(make_suite(tmp_path), ["correctness"], None) == 1
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(result["wrong"]) == 2 * 5 and all("RuntimeError: no such" in line for line in result["wrong"])
+    assert len(result["correctness"]["native"]) == 27 - 5
+
+
 def test_the_gpu_suite_ends_in_time_with_what_it_has(tmp_path):
     from benchmarks.gpu_suite import run
 
