@@ -40,7 +40,7 @@ class CMakeBuild(build_ext):
             missing_ok=True
         )  # it remembers the build tools of an environment that is gone
         options = {
-            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),

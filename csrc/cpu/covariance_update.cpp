@@ -165,6 +165,7 @@ int kore_covariance_update(
     try {
         std::vector<int64_t> index;
         std::vector<float> scale;
+        index.reserve(n);
         for (int64_t row = 0; row < n; ++row) {
             if (mask && !mask[row]) continue;
             index.push_back(row);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,8 +13,9 @@ import pytest
 
 from .conftest import INTERPRETER
 
-if INTERPRETER or importlib.util.find_spec("setuptools") is None:
-    pytest.skip("builds a wheel with setuptools", allow_module_level=True)
+if INTERPRETER:
+    pytest.skip("nothing of Triton", allow_module_level=True)
+pytest.importorskip("setuptools", minversion="77", reason="builds wheels")
 
 ROOT = Path(__file__).parents[2]
 
