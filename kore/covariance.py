@@ -46,7 +46,7 @@ class CovarianceSet:
     makes the other half when it is asked for.
 
     Args:
-        matrices: For every group name its matrix, or a function that returns it.
+        matrices: For every group name its matrix, a triangle of it, or a function that returns it.
         groups: The groups, in the order in which they ran.
         fingerprint: :func:`kore.models.model_fingerprint` of the base model.
         normalize: The row scaling of the capture, ``"none"`` or ``"official"``.
@@ -56,7 +56,7 @@ class CovarianceSet:
 
     def __init__(
         self,
-        matrices: Mapping[str, torch.Tensor | Callable[[], torch.Tensor]],
+        matrices: Mapping[str, torch.Tensor | Triangle | Callable[[], torch.Tensor]],
         groups: Iterable[Group],
         fingerprint: Mapping[str, str | None],
         normalize: str = "none",
@@ -101,19 +101,25 @@ class CovarianceSet:
     def __getitem__(self, module: str) -> torch.Tensor:
         """The symmetric (d_in, d_in) covariance of a module."""
         matrix = self._matrices[self.group(module).name]
+        if isinstance(matrix, Triangle):
+            return matrix.full()
         return matrix() if callable(matrix) else matrix
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the set as a directory: half of each matrix in a safetensors file, and a manifest. Atomic."""
         with atomic_directory(path) as directory:
             fields = {
-                "groups": write_groups(directory, ((group, Triangle(self[group.name])) for group in self.groups)),
+                "groups": write_groups(directory, ((group, self._triangle(group.name)) for group in self.groups)),
                 "normalize": self.normalize,
                 "selection": self.selection,
                 "dtype": self.dtype,
                 "fingerprint": self.fingerprint,
             }
             write_manifest(directory, KIND, fields)
+
+    def _triangle(self, name: str) -> Triangle:
+        matrix = self._matrices[name]
+        return matrix if isinstance(matrix, Triangle) else Triangle(self[name])
 
 
 def write_groups(directory: Path, matrices: Iterable[tuple[Group, Triangle]]) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from kore.errors import ModelError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
 

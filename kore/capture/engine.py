@@ -26,6 +26,7 @@ from kore.covariance import CovarianceSet, Group
 from kore.errors import KoreError
 from kore.models import language_model_linears, linear_shape, model_fingerprint, named_linears, resolve_targets
 from kore.sizes import format_bytes
+from kore.triangle import Triangle
 
 NORMALIZE = ("none", "official")
 log = logging.getLogger("kore")
@@ -90,8 +91,8 @@ class Engine:
 
     def plan(self, batch: Mapping[str, Any] | None, storage: str, budget: int | None, again: bool) -> MemoryPlan:
         """Plan a capture from one forward pass of ``batch``; the processes agree. None where a process has none."""
-        never = Storage("packed", self.options.dtype)
-        groups = self._new_groups(lambda dim, device: self._accumulator(never, dim, device))
+        unused = Storage("packed", self.options.dtype)
+        groups = self._new_groups(lambda dim, device: self._accumulator(unused, dim, device))
         with self.processes.fail_together():
             if batch is not None:
                 hooked = self._hooked(self.names)
@@ -153,9 +154,13 @@ class Engine:
                 accumulator.place()
             return accumulator
 
+        def announce() -> None:
+            options, parts = self.options, self._planned(groups, names)
+            self.announce(make_plan(parts, place.kind, options.dtype, options.buffer_rows, None, again=False))
+
         groups = self._new_groups(new_accumulator)
         with self.processes.fail_together():
-            done = self._feed(batches, names, groups, checkpoint, planned, place.kind, label)
+            done = self._feed(batches, names, groups, checkpoint, None if planned else announce, label)
         if not any(self.processes.share(done)):
             raise KoreError("capture_covariance: expected at least one batch, got none")
         described = self._join(groups)
@@ -177,11 +182,10 @@ class Engine:
         names: Sequence[str],
         groups: InputGroups,
         checkpoint: Path | None,
-        planned: bool,
-        storage: str,
+        announce: Callable[[], None] | None,
         label: str,
     ) -> int:
-        """Run every batch that is not in the checkpoint; returns the number of all."""
+        """Run every batch that is not in the checkpoint, ``announce`` after the first; returns the number of all."""
         from tqdm import tqdm
 
         every = self.options.checkpoint_every
@@ -195,9 +199,9 @@ class Engine:
             for batch in iterator:
                 hooked.forward(batch, done)
                 groups.end_pass()
-                if not planned:
-                    planned = True
-                    self.announce(self._one_pass_plan(groups, names, storage))
+                if announce is not None:
+                    announce()
+                    announce = None
                 for group in groups.groups:
                     group.accumulator.place()
                 done += 1
@@ -214,37 +218,35 @@ class Engine:
             saved.write(done)
         return done
 
-    def _one_pass_plan(self, groups: InputGroups, names: Sequence[str], storage: str) -> MemoryPlan:
-        options = self.options
-        return make_plan(self._planned(groups, names), storage, options.dtype, options.buffer_rows, None, again=False)
-
     def _planned(self, groups: InputGroups, names: Sequence[str]) -> Iterator[PlannedGroup]:
         """What has run, and after it what has not: it may yet, and may share no input."""
+        scaled = torch.float32.itemsize if self.options.normalize == "official" else None
         for group in groups.groups:
             accumulator = group.accumulator
-            yield PlannedGroup(tuple(group.modules), accumulator.dim, str(accumulator.device), group.itemsize)
+            yield PlannedGroup(tuple(group.modules), accumulator.dim, str(accumulator.device), scaled or group.itemsize)
         for name in groups.never_ran(names):
             device, itemsize = self._input_of(name)
-            yield PlannedGroup((name,), linear_shape(self._linears[name])[1], str(device), itemsize)
+            yield PlannedGroup((name,), linear_shape(self._linears[name])[1], str(device), scaled or itemsize)
 
     def _join(self, groups: InputGroups) -> list[Group]:
-        """Tell the other processes what groups there are, and add those that only they have found."""
+        """Tell the other processes what groups there are; all have the same ones then, in the same order."""
         described = agree(self.processes.share([group.describe() for group in groups.groups]))
         for group in described:
             if group.name not in groups:
                 groups.add(group, *self._input_of(group.name))
+        groups.sort(described)
         return described
 
     def _result(self, groups: InputGroups, described: list[Group]) -> CovarianceSet:
         from kore_kernels import symmetrize_
 
-        matrices: dict[str, torch.Tensor | Callable[[], torch.Tensor]] = {}
+        matrices: dict[str, torch.Tensor | Triangle] = {}
         for group in described:
             accumulator = groups[group.name].accumulator
             triangle = accumulator.place()
             self.processes.add_up(triangle)
             square = accumulator.storage.kind == "square"
-            matrices[group.name] = symmetrize_(triangle.matrix) if square else triangle.full
+            matrices[group.name] = symmetrize_(triangle.matrix) if square else triangle
         dtype = str(self.options.dtype).removeprefix("torch.")
         return CovarianceSet(matrices, described, self._fingerprint, self.options.normalize, self.options.tokens, dtype)
 
@@ -271,9 +273,9 @@ class Engine:
         """Where a layer that has not run will find its input, and the bytes of a number in it: a good guess."""
         weight = getattr(self._linears[name], "weight", None)
         itemsize = getattr(self.model, "dtype", torch.float32).itemsize
-        if weight is None or weight.device.type == "meta":
-            return input_device(self.model), itemsize
-        return weight.device, itemsize
+        if isinstance(weight, torch.Tensor) and not weight.is_meta:
+            return weight.device, itemsize
+        return input_device(self.model), itemsize
 
 
 def _check_finite(groups: InputGroups) -> None:

@@ -90,6 +90,8 @@ def _look(name: str, groups: InputGroups) -> Hook:
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0]
     return next(value for value in itertools.chain(args, kwargs.values()) if isinstance(value, torch.Tensor))
 
 

@@ -121,6 +121,10 @@ class InputGroups:
         """Add a group that an earlier run or another process has found; returns its empty accumulator."""
         return self._new_group(group.modules, self._new_accumulator(group.dim, device), itemsize).accumulator
 
+    def sort(self, order: Sequence[Group]) -> None:
+        """Put the groups into the order of ``order``, which has them all."""
+        self.groups = [self._group_of[group.name] for group in order]
+
     def __contains__(self, module: str) -> bool:
         return module in self._group_of
 

@@ -65,9 +65,10 @@ def capture_covariance(
             rows (on the host for a model that runs there). What exceeds it is captured in several passes over the
             data, each over some neighbouring layers, with the finished ones on disk; or, when ``batches`` can be
             iterated only once, with the matrices of GPUs on the host.
-        storage: ``"packed"`` keeps two matrices in the memory of one and costs nothing, ``"square"`` keeps each by
-            itself, ``"offload"`` keeps pairs on the host and moves one to the device for each flush (raise
-            ``buffer_rows``); ``"auto"`` is packed, as far as the budget allows.
+        storage: ``"packed"`` keeps two matrices in the memory of one and costs nothing; ``"square"`` keeps each by
+            itself, so that reading the result makes no copy; ``"offload"`` keeps pairs on the host and moves one to
+            the device and back for each flush (raise ``buffer_rows``); ``"auto"`` is packed, as far as the budget
+            allows.
         checkpoint: A directory in which the run is saved every ``checkpoint_every`` batches and at its end. The
             same call with the same batches continues from there, and gives bit for bit the result of a call
             with this ``checkpoint_every`` that was never stopped. Delete it when the result is saved: the result
