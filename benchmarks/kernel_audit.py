@@ -5,7 +5,8 @@
 
 The launching code of each backend runs as it would on a GPU, on meta tensors and with a pinned target; where a kernel
 would be launched it is compiled. So what is audited is what runs. Exits non-zero when a kernel spills registers, needs
-more shared memory than its architecture gives, or holds no tensor-core instruction where it should.
+more shared memory than its architecture gives, holds no tensor-core instruction where it multiplies, or waits for the
+loads that it should have in flight.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +30,10 @@ import torch
 
 ARCHITECTURES = (80, 90, 100)
 TENSOR_CORE = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
-REGISTERS_PER_SM, THREADS_PER_SM = 65_536, 2_048
+ASYNCHRONOUS_LOAD = r"\b(cp\.async\.bulk\.tensor|cp\.async\.c[ag])"
+MULTIPLIES_NOTHING = ("_symmetrize", "_add_parts")
+LOADS_AHEAD = ("_covariance",)
+REGISTERS_PER_SM, THREADS_PER_SM, BLOCKS_PER_SM = 65_536, 2_048, 32
 SHARED_MEMORY_PER_SM = {80: 102_400, 90: 233_472, 100: 233_472}
 
 
@@ -43,12 +48,14 @@ class Row:
     spill_bytes: int
     shared_memory: int
     tensor_core: dict[str, int]
+    loads: dict[str, int]
+    blocks_per_sm: int
     occupancy: float
     problems: tuple[str, ...]
 
 
-def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
-    """(name, whether tensor cores must be used, call on meta tensors) for every kernel variant that is shipped."""
+def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, call on meta tensors) for every kernel variant that is shipped."""
     from kore_kernels.covariance_update import triton as covariance
     from kore_kernels.lora_fa_linear import triton as lora
     from kore_kernels.lora_fa_linears import triton as group
@@ -59,16 +66,18 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     mask, weight, alpha = _meta(n, dtype=torch.bool), _meta(n), _meta()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = _meta(n, d, dtype=dtype)
-        yield f"covariance {_name(dtype)}", True, lambda x=x: covariance.covariance_update(C, x, None, None, 1.0)
-    for dtype in (torch.bfloat16, torch.float32):
-        x = _meta(n, d, dtype=dtype)
-        yield f"covariance {_name(dtype)} mask", True, lambda x=x: covariance.covariance_update(C, x, mask, None, alpha)
-        yield (
-            f"covariance {_name(dtype)} weight",
-            True,
-            lambda x=x: covariance.covariance_update(C, x, mask, weight, 1.0),
-        )
-    yield "symmetrize float32", False, lambda: symmetrize.symmetrize(C)
+        for name, options in (
+            ("", (None, None, 1.0, "lower")),
+            (" upper", (None, None, alpha, "upper")),
+            (" mask", (mask, None, alpha, "lower")),
+            (" weight", (None, weight, 1.0, "lower")),
+            (" mask weight", (mask, weight, 1.0, "upper")),
+        ):
+            yield f"covariance {_name(dtype)}{name}", lambda a=(C, x, *options): covariance.covariance_update(*a)
+    small = (_meta(1000, 1000), _meta(n, 1000), None, None, 1.0, "lower")
+    yield "covariance float32 small", lambda: covariance.covariance_update(*small)
+    yield "symmetrize float32", lambda: symmetrize.symmetrize(C, "lower")
+    yield "symmetrize float32 upper", lambda: symmetrize.symmetrize(C, "upper")
     for base, adapter in (
         (torch.bfloat16, torch.bfloat16),
         (torch.float16, torch.float16),
@@ -80,14 +89,14 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
         W, b = _meta(d_out, d, dtype=base), _meta(d_out, dtype=base)
         A, B, h = _meta(r, d, dtype=adapter), _meta(d_out, r, dtype=adapter), _meta(n, 240, dtype=adapter)
         name = f"{_name(base)} with {_name(adapter)} adapter"
-        yield f"lora forward {name}", True, lambda a=(x, W, b, A, B): lora.forward(*a, 1.0)
-        yield f"lora backward {name}", True, lambda a=(g, W, A, B, h): lora.backward(*a, 1.0)
+        yield f"lora forward {name}", lambda a=(x, W, b, A, B): lora.forward(*a, 1.0)
+        yield f"lora backward {name}", lambda a=(g, W, A, B, h): lora.backward(*a, 1.0)
         if base == adapter == torch.bfloat16:
-            yield "lora backward, x without gradient", True, lambda a=(g, None, None, B, h): lora.backward(*a, 1.0)
-            yield "lora backward, B without gradient", True, lambda a=(g, W, A, B, None): lora.backward(*a, 1.0)
+            yield "lora backward, x without gradient", lambda a=(g, None, None, B, h): lora.backward(*a, 1.0)
+            yield "lora backward, B without gradient", lambda a=(g, W, A, B, None): lora.backward(*a, 1.0)
             U, Rs = _meta(d, r, dtype=adapter), [_meta(r, r, dtype=adapter)] * 2
-            yield "group forward", True, lambda a=(x, [W] * 2, [b] * 2, U, Rs, [B] * 2): group.forward(*a, 1.0)
-            yield "group backward", True, lambda a=([g] * 2, [W] * 2, U, Rs, [B] * 2, h): group.backward(*a, 1.0)
+            yield "group forward", lambda a=(x, [W] * 2, [b] * 2, U, Rs, [B] * 2): group.forward(*a, 1.0)
+            yield "group backward", lambda a=([g] * 2, [W] * 2, U, Rs, [B] * 2, h): group.backward(*a, 1.0)
 
 
 def architectures() -> tuple[int, ...]:
@@ -109,13 +118,13 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def audit(arch: int, only: str = "") -> list[Row]:
     """Every kernel that the cases launch on this architecture, each variant once."""
     rows: dict[str, Row] = {}
-    for case, tensor_core, call in cases():
+    for case, call in cases():
         if re.search(only, case):
             with compiled(arch) as kernels:
                 call()
             for name, kernel in kernels:
                 if kernel.hash not in rows:
-                    rows[kernel.hash] = _inspect(case, name, arch, kernel, tensor_core)
+                    rows[kernel.hash] = _inspect(case, name, arch, kernel)
     return list(rows.values())
 
 
@@ -159,18 +168,18 @@ class _PinnedDriver:
         return 0
 
 
-def _inspect(case: str, name: str, arch: int, kernel: Any, tensor_core: bool) -> Row:
+def _inspect(case: str, name: str, arch: int, kernel: Any) -> Row:
     from kore_kernels import gpu
 
     registers, spill_bytes = _resources(kernel.asm["cubin"])
     shared_memory = kernel.metadata.shared
-    counts: dict[str, int] = {}
-    for instruction in re.findall(TENSOR_CORE, kernel.asm["ptx"]):
-        counts[instruction] = counts.get(instruction, 0) + 1
+    tensor_core = dict(Counter(re.findall(TENSOR_CORE, kernel.asm["ptx"])))
+    loads = dict(Counter(re.findall(ASYNCHRONOUS_LOAD, kernel.asm["ptx"])))
     threads = 32 * kernel.metadata.num_warps
     resident = min(
+        BLOCKS_PER_SM,
         THREADS_PER_SM // threads,
-        REGISTERS_PER_SM // (max(registers, 1) * threads),
+        REGISTERS_PER_SM // ((max(registers, 1) + 7) // 8 * 8 * threads),  # handed out by eights
         SHARED_MEMORY_PER_SM[arch] // (shared_memory + 1024),
     )
     problems = []
@@ -178,10 +187,24 @@ def _inspect(case: str, name: str, arch: int, kernel: Any, tensor_core: bool) ->
         problems.append(f"spills {spill_bytes} bytes")
     if shared_memory > gpu.SHARED_MEMORY[arch]:
         problems.append(f"needs {shared_memory} bytes of shared memory, {gpu.SHARED_MEMORY[arch]} exist")
-    if tensor_core and not counts:
+    if not tensor_core and name not in MULTIPLIES_NOTHING:
         problems.append("no tensor-core instruction")
+    if not loads and name in LOADS_AHEAD:
+        problems.append("no asynchronous load")
     occupancy = resident * threads / THREADS_PER_SM
-    return Row(case, name, arch, registers, spill_bytes, shared_memory, counts, occupancy, tuple(problems))
+    return Row(
+        case,
+        name,
+        arch,
+        registers,
+        spill_bytes,
+        shared_memory,
+        tensor_core,
+        loads,
+        resident,
+        occupancy,
+        tuple(problems),
+    )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -206,12 +229,13 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
     rows = [row for arch in options.arch or architectures() for row in audit(arch, options.only)]
-    print(f"{'sm':>4} {'kernel':<15} {'regs':>4} {'spill':>5} {'smem':>7} {'occ':>4}  tensor cores; case")
+    print(f"{'sm':>4} {'kernel':<15} {'regs':>4} {'spill':>5} {'smem':>7} {'blocks':>6} {'occ':>4}  instructions; case")
     for row in rows:
-        cores = " ".join(f"{name}x{count}" for name, count in row.tensor_core.items()) or "-"
+        counts = " ".join(f"{name}x{count}" for name, count in {**row.tensor_core, **row.loads}.items()) or "-"
         print(
             f"{row.arch:>4} {row.kernel:<15} {row.registers:>4} {row.spill_bytes:>5} {row.shared_memory:>7} "
-            f"{row.occupancy:>4.0%}  {cores}; {row.case}{''.join(f'  ** {p}' for p in row.problems)}"
+            f"{row.blocks_per_sm:>6} {row.occupancy:>4.0%}  {counts}; {row.case}"
+            f"{''.join(f'  ** {problem}' for problem in row.problems)}"
         )
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

@@ -23,7 +23,7 @@ def backend(request, monkeypatch) -> str:
 def pytest_collection_modifyitems(config, items):
     """In the interpreter, only what the backend can change, and the tests of the Triton code itself."""
     if INTERPRETER:
-        kept = [item for item in items if "backend" in item.fixturenames or item.path.stem == "test_interpreter"]
+        kept = [item for item in items if "backend" in item.fixturenames or "test_interpreter" in item.path.stem]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 

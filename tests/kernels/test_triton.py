@@ -22,7 +22,10 @@ if INTERPRETER or importlib.util.find_spec("triton") is None:
 
 ROOT = Path(__file__).parents[2]
 # One case for each entry of the configuration tables; .ci/run audits every variant.
-EVERY_CONFIG = "covariance bfloat16 mask|covariance float32 weight|symmetrize|bfloat16 adapter$|float32 with float32"
+EVERY_CONFIG = (
+    "covariance bfloat16( mask)?$|covariance float32 mask weight|small|symmetrize float32$|bfloat16 adapter$|"
+    "float32 with float32"
+)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen:
@@ -70,24 +73,36 @@ def test_every_configuration_compiles_and_uses_the_tensor_cores(processes):
     finish(processes["audit"])
     rows = json.loads(processes["rows"].read_text())
     assert {row["arch"] for row in rows} == set(architectures())
-    assert {row["kernel"] for row in rows} >= {"_covariance", "_symmetrize", "_two_products", "_gradients"}
+    assert {row["kernel"] for row in rows} >= {
+        "_covariance",
+        "_add_parts",
+        "_symmetrize",
+        "_two_products",
+        "_gradients",
+    }
     assert all(row["registers"] > 0 and not row["problems"] for row in rows)
     tensor_core = {arch: {n for row in rows if row["arch"] == arch for n in row["tensor_core"]} for arch in (80, 90)}
     assert tensor_core == {80: {"mma.sync"}, 90: {"wgmma.mma_async"}}
 
 
-AUDIT_A_TILE_TOO_LARGE = """
+AUDIT_A_BAD_TILE = """
 import sys
 from benchmarks import kernel_audit
 from kore_kernels.covariance_update import configs
-configs.HALF[80] = configs.TritonConfig(block=64, block_n=128, num_warps=4, num_stages=8)
+configs.AS_IS[80] = configs.TritonConfig(*{tile})
 sys.exit(0 if kernel_audit.main(["--arch", "80", "--only", "covariance bfloat16$"]) == 1 else 1)
 """
 
 
-def test_audit_fails_on_a_tile_that_does_not_fit():
-    output = finish(start("-c", AUDIT_A_TILE_TOO_LARGE))
-    assert re.search(r"spills \d+ bytes|bytes of shared memory", output)
+@pytest.mark.parametrize(
+    ("tile", "problem"),
+    [
+        ((64, 128, 128, 4, 8, 1), r"spills \d+ bytes|bytes of shared memory"),
+        ((64, 64, 32, 4, 1, 1), "no asynchronous load"),
+    ],
+)
+def test_audit_fails_on_a_bad_tile(tile, problem):
+    assert re.search(problem, finish(start("-c", AUDIT_A_BAD_TILE.format(tile=tile))))
 
 
 COMPILATIONS = """
@@ -95,19 +110,31 @@ import torch
 from benchmarks.kernel_audit import compiled
 from kore_kernels.covariance_update.triton import covariance_update
 from kore_kernels.lora_fa_linear.triton import backward, forward
-def meta(*shape):
-    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-W, A, B, C = meta(256, 128), meta(40, 128), meta(256, 40), torch.empty(128, 128, device="meta")
-for n in (1, 2, 16, 17, 1000, 2048, 4099):
-    with compiled(90) as kernels:
-        covariance_update(C, meta(n, 128), None, None, 1.0)
-        forward(meta(n, 128), W, None, A, B, 1.0)
-        backward(meta(n, 256), W, A, B, meta(n, 48), 1.0)
-    print("hashes", *[kernel.hash for _, kernel in kernels])
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+W, A, B = meta(256, 128), meta(40, 128), meta(256, 40)
+C, mask = {d: meta(d, d, dtype=torch.float32) for d in (128, 1000, 777)}, dict(dtype=torch.bool)
+variants = {
+    "tma": lambda n: covariance_update(C[1000], meta(n, 1000), None, None, 1.0, "lower"),
+    "tma, float32": lambda n: covariance_update(C[128], meta(n, 128, dtype=torch.float32), None, None, 1.0, "lower"),
+    "pointers": lambda n: covariance_update(C[128], meta(n, 128), meta(n, **mask), None, 1.0, "upper"),
+    "copied": lambda n: covariance_update(C[777], meta(n, 777), None, meta(n), 1.0, "lower"),
+    "forward": lambda n: forward(meta(n, 128), W, None, A, B, 1.0),
+    "backward": lambda n: backward(meta(n, 256), W, A, B, meta(n, 48), 1.0),
+}
+for name, call in variants.items():
+    kernels = []
+    for n in (1, 2, 16, 17, 600, 2048, 4099, 8192):
+        with compiled(90) as launched:
+            call(n)
+        kernels += launched
+    print("compiled", name, "|", *sorted({(kernel, compiled.hash): kernel for kernel, compiled in kernels}.values()))
 """
 
 
 def test_the_number_of_rows_never_recompiles():
-    lines = [line for line in finish(start("-c", COMPILATIONS)).splitlines() if line.startswith("hashes")]
-    assert len(lines) == 7 and len(set(lines)) == 1
-    assert len(lines[0].split()) == 1 + 5
+    """Tiles are cut when there are many rows: the kernel that adds the parts up is the only one that N can add."""
+    lines = [line for line in finish(start("-c", COMPILATIONS)).splitlines() if line.startswith("compiled")]
+    covariance = ["_add_parts", "_covariance"]
+    assert [line.split(" | ")[1].split() for line in lines[:4]] == [covariance] * 4
+    assert [len(line.split(" | ")[1].split()) for line in lines[4:]] == [2, 2]
