@@ -1,9 +1,9 @@
-"""The kernels' CPU paths beside the plain PyTorch expressions, as ratios measured in one run.
+"""The kernels and the capture on the CPU beside what they replace, as ratios measured in one run.
 
-    python -m benchmarks.cpu_suite [--output benchmarks/results/cpu.json] [--threads 2] [--rounds 15]
+    python -m benchmarks.cpu_suite [--output benchmarks/results/cpu.json] [--threads 2] [--rounds 15] [--only lora]
 
-First every contender is checked against float64, then the contenders of a case are timed in turn, round by round, and
-the ratios of their medians are stored with the commit and the hardware.
+Every contender is checked against float64 before it is timed; contenders take turns; commit and hardware are stored.
+``--only`` measures some parts anew and keeps the others' stored results, each with its own environment.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,50 +19,60 @@ import torch
 import torch.nn.functional as F
 
 import kore_kernels as kk
+from benchmarks import bench_capture, peak_memory
+from kore.bench import covariance, peers
+from kore.bench.covariance import InaccurateError, allowed_error
+from kore.bench.machine import describe, measure_roofline
+from kore.bench.show import write_json
+from kore.bench.timing import Clock, Step, in_turn, ratio
 from kore.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "cpu.json"
-Step = Callable[[], Any]
+CPU = torch.device("cpu")
+UPDATES = [(dtype, d, 2048) for dtype in (torch.float32, torch.bfloat16) for d in (1024, 4096)]
 
 
-@dataclass(frozen=True)
-class Case:
-    """Contenders that compute the same; ``ours`` is timed against ``peer``, by its label."""
+def updates(rounds: int) -> dict[str, Any]:
+    """One covariance update, with every peer that runs here."""
+    clock = Clock(CPU)
+    roofline = measure_roofline(clock, (torch.float32, torch.bfloat16))
+    cases = []
+    for dtype, d, n in UPDATES:
+        cases.append(covariance.measure(d, n, dtype, clock, peers.select(CPU, dtype)[0], rounds))
+        values = cases[-1]["contenders"]
+        shown = ", ".join(f"{name} {each['ours_is_faster']['median']:.2f} ×" for name, each in values.items())
+        print(f"{cases[-1]['dtype']} d={d}: {shown}", flush=True)
+    roofline = roofline.best(measure_roofline(clock, (torch.float32, torch.bfloat16)))
+    return {"roofline": roofline.as_dict(), "cases": [covariance.against(case, roofline) for case in cases]}
 
-    title: str
-    ours: str
-    peer: str
-    contenders: dict[str, Step]
-    error: Callable[[Step], float]
-    reduction: int
 
-
-def covariance(d: int, n: int, dtype: torch.dtype) -> Case:
-    """One update of C (d, d) float32 with x (n, d)."""
-    torch.manual_seed(0)
-    x = torch.randn(n, d).to(dtype)
-    C = torch.zeros(d, d)
-    exact = (x.double().T @ x.double()).tril()
-
-    def plain() -> None:
-        rows = x.float()
-        C.addmm_(rows.T, rows)
-
-    def error(step: Step) -> float:
-        C.zero_()
-        step()
-        return float((C.tril().double() - exact).norm() / exact.norm())
-
-    contenders: dict[str, Step] = {
-        "covariance_update_": lambda: kk.covariance_update_(C, x),
-        "C.addmm_(x.T, x)": plain,
+def memory(rounds: int) -> dict[str, Any]:
+    """Peak extra memory of one update at d = 4096, N = 2048; see ``peak_memory`` for how."""
+    names = (peers.OURS, peers.ADDMM, "C += x.T @ x")
+    found = {
+        dtype: {name: peak_memory.measured(name, dtype, threads=torch.get_num_threads()) for name in names}
+        for dtype in ("float32", "bfloat16")
     }
-    title = f"covariance update, {str(dtype).removeprefix('torch.')} x ({n}, {d})"
-    return Case(title, "covariance_update_", "C.addmm_(x.T, x)", contenders, error, n)
+    print({dtype: {name: f"{size / 2**20:.1f} MiB" for name, size in row.items()} for dtype, row in found.items()})
+    return {"d": 4096, "n": 2048, "bytes": found}
 
 
-def lora(d_in: int, d_out: int, tokens: int, rank: int) -> Case:
+def capture(rounds: int) -> dict[str, Any]:
+    """A pass over a small LLaVA: what a capture adds to it, beside what the official hooks add."""
+    found = bench_capture.measure(min(rounds, 9))
+    print({name: share["of_medians"] for name, share in found["overhead_of_official"].items()}, flush=True)
+    return found
+
+
+def lora(rounds: int) -> dict[str, Any]:
     """Forward and backward of a frozen-A LoRA linear in float32."""
+    cases = [_lora(d_in, d_out, 1024, 235, rounds) for d_in, d_out in ((2048, 2048), (2048, 5504))]
+    for case in cases:
+        print(f"{case['case']}: {case['speed_up']['median']:.2f} ×", flush=True)
+    return {"cases": cases}
+
+
+def _lora(d_in: int, d_out: int, tokens: int, rank: int, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(tokens, d_in, requires_grad=True)
     weight, A = torch.randn(d_out, d_in) / d_in**0.5, torch.randn(rank, d_in) / d_in**0.5
@@ -81,53 +89,35 @@ def lora(d_in: int, d_out: int, tokens: int, rank: int) -> Case:
         return y
 
     def error(step: Step) -> float:
-        y = step()
-        pairs = [(y, exact), (x.grad, exact_dx), (B.grad, exact_dB)]
-        return max(
-            float((ours.detach().double() - true).norm() / true.norm()) for ours, true in pairs if ours is not None
-        )
+        found: Sequence[Any] = (step().detach(), x.grad, B.grad)
+        return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, (exact, exact_dx, exact_dB)))
 
-    contenders: dict[str, Step] = {
-        "lora_fa_linear": lambda: run(lambda: kk.lora_fa_linear(x, weight, None, A, B)),
-        "F.linear(x, W) + F.linear(F.linear(x, A), B)": lambda: run(
-            lambda: F.linear(x, weight) + F.linear(F.linear(x, A), B)
-        ),
+    ours, peer = "lora_fa_linear", "F.linear(x, W) + F.linear(F.linear(x, A), B)"
+    steps: dict[str, Step] = {
+        ours: lambda: run(lambda: kk.lora_fa_linear(x, weight, None, A, B)),
+        peer: lambda: run(lambda: F.linear(x, weight) + F.linear(F.linear(x, A), B)),
     }
+    errors = {name: error(step) for name, step in steps.items()}
     title = f"frozen-A LoRA, forward + backward, {d_in} → {d_out}, {tokens} tokens, rank {rank}"
-    return Case(
-        title,
-        "lora_fa_linear",
-        "F.linear(x, W) + F.linear(F.linear(x, A), B)",
-        contenders,
-        error,
-        max(d_in, d_out, tokens),
-    )
-
-
-def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Check every contender, then time them in turn; medians in milliseconds and the ratio peer / ours."""
-    errors = {name: case.error(step) for name, step in case.contenders.items()}
-    floor = 2.0**-24 * case.reduction**0.5
-    if not errors[case.ours] <= 2 * errors[case.peer] + floor:
-        raise SystemExit(f"{case.title}: relative errors {errors}: {case.ours} is not accurate, nothing is timed")
-    times: dict[str, list[float]] = {name: [] for name in case.contenders}
-    for round_ in range(rounds + 2):
-        for name, step in case.contenders.items():
-            start = time.perf_counter()
-            step()
-            if round_ >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    ratios = [peer / ours for ours, peer in zip(times[case.ours], times[case.peer])]
+    if not errors[ours] <= allowed_error(errors[peer], max(d_in, d_out, tokens)):
+        raise InaccurateError(f"{title}: relative errors {errors}")
+    times = in_turn(steps, Clock(CPU).milliseconds, rounds)
     return {
-        "case": case.title,
-        "ours": case.ours,
-        "peer": case.peer,
+        "case": title,
+        "peer": peer,
         "median_ms": {name: statistics.median(values) for name, values in times.items()},
-        "speed_up": statistics.median(ratios),
-        "speed_up_range": [min(ratios), max(ratios)],
+        "speed_up": ratio(times[peer], times[ours]),
         "relative_error": errors,
         "rounds": rounds,
     }
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "covariance": updates,
+    "memory": memory,
+    "capture": capture,
+    "lora": lora,
+}
 
 
 def main() -> None:
@@ -135,23 +125,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    cases = [
-        covariance(1024, 2048, torch.float32),
-        covariance(4096, 2048, torch.float32),
-        covariance(1024, 2048, torch.bfloat16),
-        covariance(4096, 2048, torch.bfloat16),
-        lora(2048, 2048, 1024, 235),
-        lora(2048, 5504, 1024, 235),
-    ]
-    results = []
-    for case in cases:
-        results.append(measure(case, arguments.rounds))
-        print(f"{results[-1]['speed_up']:5.2f} ×  {case.title}", flush=True)
-    stored = {"threads": arguments.threads, "environment": environment(), "results": results}
+    whole = list(arguments.only) == list(PARTS)
+    stored = {} if whole or not arguments.output.exists() else json.loads(arguments.output.read_text(encoding="utf-8"))
+    backends = {name: str(info) for name, info in kk.backends().items()}
+    for name in arguments.only:
+        made_with = {"environment": environment(), "machine": describe(CPU), "backends": backends}
+        stored[name] = {**PARTS[name](arguments.rounds), **made_with}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.output, stored)
 
 
 if __name__ == "__main__":
