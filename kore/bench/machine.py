@@ -101,8 +101,8 @@ class Roofline:
 
     Attributes:
         bytes_per_second: Of a large copy, read and written bytes counted.
-        flops_per_second: Of a large library matrix product, by dtype name. For float32 on a GPU also that of a third
-            of the TF32 rate where this is more, because three TF32 products make one of float32 grade.
+        flops_per_second: Of a large library matrix product, by dtype name. For float32 on a GPU the most of that rate
+            ("float32 units"), a third of TF32's and a sixth of bfloat16's: so many products make one of float32 grade.
     """
 
     bytes_per_second: float
@@ -136,9 +136,9 @@ def measure_roofline(clock: Clock, dtypes: Sequence[torch.dtype], quick: bool = 
         name_of(dtype): _product_rate(clock, dtype, (8192 if gpu else 2048) // (4 if quick else 1)) for dtype in dtypes
     }
     if gpu and "float32" in rates:
-        rates["tf32"] = _tf32_rate(clock)
-        rates["float32 products"] = rates["float32"]
-        rates["float32"] = max(rates["float32"], rates["tf32"] / 3)
+        rates["float32 units"], rates["tf32"] = rates["float32"], _tf32_rate(clock)
+        bf16 = rates.get("bfloat16") or _product_rate(clock, torch.bfloat16, 8192)
+        rates["float32"] = max(rates["float32 units"], rates["tf32"] / 3, bf16 / 6)
     return Roofline(bandwidth, rates)
 
 
