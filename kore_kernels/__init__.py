@@ -3,8 +3,8 @@
 =====================  ===============================================================  =====================
 public function        computes                                                         folder
 =====================  ===============================================================  =====================
-``covariance_update_`` lower triangle of ``C += alpha * Σ w_i x_iᵀ x_i``, in place      ``covariance_update/``
-``symmetrize_``        mirrors the lower triangle of ``C`` onto the upper, in place     ``symmetrize/``
+``covariance_update_`` one triangle of ``C += alpha * Σ w_i x_iᵀ x_i``, in place        ``covariance_update/``
+``symmetrize_``        mirrors one triangle of ``C`` onto the other, in place           ``symmetrize/``
 ``lora_fa_linear``     ``y = x Wᵀ + b + s (x Aᵀ) Bᵀ``, gradients of ``x`` and ``B``     ``lora_fa_linear/``
 ``lora_fa_linears``    the same for layers that share ``x`` and a basis, A_i = R_i Uᵀ   ``lora_fa_linears/``
 ``backends``           what can run here, and why not                                   ``dispatch.py``
@@ -13,6 +13,7 @@ public function        computes                                                 
 In each folder: ``op.py`` (public function, argument checks, torch.library registration), ``reference.py`` (the
 definition in plain PyTorch), ``native.py`` (CPU), ``triton.py`` (NVIDIA GPUs) and ``configs.py`` (its tile sizes).
 ``KORE_BACKEND=auto|native|triton|reference`` chooses, at each call; ``dispatch.py`` says how ``auto`` decides.
+``extension.py`` loads what was compiled from ``csrc/``; without it the CPU backends use BLAS and torch.
 
 The package knows torch and nothing of models. Importing it registers the operations under ``torch.ops.kore`` and
 loads neither Triton nor SciPy.

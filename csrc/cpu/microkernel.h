@@ -58,7 +58,8 @@ void pack_floats(const Rows& rows, int64_t count, int64_t first, int64_t columns
 template <class Dot, int LANES, int ROWS, int VECTORS>
 void multiply(const void* left, const void* right, int64_t steps, float alpha, float* C, int64_t stride) {
     typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
-    typedef float Unaligned __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+    typedef float Packed __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+    typedef float Unaligned __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
     using Scalar = typename Dot::Scalar;
     constexpr int COLUMNS = LANES * VECTORS;
 
@@ -71,7 +72,7 @@ void multiply(const void* left, const void* right, int64_t steps, float alpha, f
     for (int64_t step = 0; step < steps; ++step, a += COLUMNS, b += COLUMNS) {
         Vector columns[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) columns[v] = *reinterpret_cast<const Vector*>(b + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) columns[v] = *reinterpret_cast<const Packed*>(b + v * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4

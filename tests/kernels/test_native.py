@@ -141,6 +141,9 @@ def test_calls_from_several_threads():
 
 
 class TestInstructionSet:
+    def test_the_best_of_this_machine_passes_its_own_check(self):
+        assert extension._best() == extension._module().cpu_isa()
+
     def test_unknown(self, monkeypatch):
         monkeypatch.setenv("KORE_CPU_ISA", "sse9")
         with pytest.raises(ValueError, match=r"KORE_CPU_ISA must be portable, .*got 'sse9'"):
