@@ -36,23 +36,25 @@ class Triangle:
 
     def assign(self, full: torch.Tensor) -> None:
         """Take the values of a symmetric matrix (d, d) of any dtype, on any device."""
-        for rows, columns, mine in self.blocks():
-            block = self.matrix[rows, columns]
-            block.copy_(full[rows, columns].to(block).where(mine, block))
+        start = 0
+        for block, mine in self.blocks():
+            rows, columns = block.shape
+            block.copy_(full[start : start + rows, :columns].to(block).where(mine, block))
+            start += rows
 
-    def blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """Rows and columns of blocks of bounded size that cover the triangle, and a mask of the entries in it."""
+    def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Blocks of bounded size that cover the rows of the lower triangle, each with a mask of the entries in it.
+
+        They are views; of an upper triangle, they are the transposed ones, so that two triangles of one size can be
+        gone through together.
+        """
         import torch
 
-        d = len(self.matrix)
-        step = max(1, _BLOCK // max(1, d))
-        for start in range(0, d, step):
-            stop = min(d, start + step)
-            lower = self.half == "lower"
-            columns = slice(0, stop) if lower else slice(start, d)
-            block = self.matrix[start:stop, columns]
-            ones = block.new_ones(block.shape, dtype=torch.bool)
-            yield slice(start, stop), columns, ones.tril(start) if lower else ones.triu()
+        lower = self.matrix if self.half == "lower" else self.matrix.mT
+        step = max(1, _BLOCK // max(1, len(lower)))
+        for start in range(0, len(lower), step):
+            block = lower[start : start + step, : start + step]
+            yield block, block.new_ones(block.shape, dtype=torch.bool).tril(start)
 
     def packed(self) -> torch.Tensor:
         """The d (d + 1) / 2 entries row after row, on the CPU."""

@@ -1,4 +1,4 @@
-"""What each of two processes that capture together does in ``test_capture_processes``."""
+"""What each of the processes that capture together does in ``test_capture_processes``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from kore.capture import capture_covariance
+from kore.capture.processes import Processes
 from kore.errors import KoreError
-from tests.batches import MODELS, make_batches
+from kore.models import language_model_linears
+from kore.triangle import Triangle
+from tests.batches import MODELS, make_batch, make_batches
 
 
 class Whole(nn.Module):
@@ -31,6 +34,17 @@ def whole_batches(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(-9, 9, (2, 7, 300), generator=generator).float()} for _ in range(count)]
 
 
+def mixed_batches() -> list[dict[str, torch.Tensor]]:
+    """The second has no image, so that a process that begins with it does not see the projector run."""
+    text = {name: value for name, value in make_batch("llama", 9).items() if name != "labels"}
+    first, *others = make_batches("llava", 4)
+    return [first, text, *others]
+
+
+def mixed_targets(model: nn.Module) -> list[str]:
+    return ["linear_1", "linear_2", *language_model_linears(model)]
+
+
 def run(case: str, rank: int, output: Path) -> None:
     if case == "whole":
         torch.manual_seed(0)
@@ -41,11 +55,9 @@ def run(case: str, rank: int, output: Path) -> None:
         data = make_batches("llava", 3) if rank == 0 else []
         cov = capture_covariance(MODELS["llava"](), data, progress=False)
     elif case == "windows":
-        folder = output / "windows"
-        data = make_batches("llava", 5)[rank::2]
-        cov = capture_covariance(
-            MODELS["llava"](), data, progress=False, memory_budget=100_000, buffer_rows=64, checkpoint=folder
-        )
+        model, options = MODELS["llava"](), {"memory_budget": 100_000, "buffer_rows": 64}
+        data, targets, folder = mixed_batches()[rank::2], mixed_targets(model), output / "windows"
+        cov = capture_covariance(model, data, targets, progress=False, checkpoint=folder, **options)
     elif case in ("killed", "continued"):
         data = make_batches("llava", 6)[rank::2]
 
@@ -69,9 +81,17 @@ def run(case: str, rank: int, output: Path) -> None:
     cov.save(output / f"{case}-{rank}")
 
 
-def work(rank: int, store: Path, output: Path, cases: tuple[str, ...]) -> None:
+def add_up_small(rank: int, output: Path) -> None:
+    """1 + 2⁻²⁴ + 2⁻²⁴: rounded to float32 after each sum it is 1, rounded once it is more."""
+    buffer = torch.full((3, 2), float(rank))
+    Triangle(buffer[1:], "lower").assign(torch.full((2, 2), 2.0**-24 if rank else 1.0))
+    Processes().add_up(Triangle(buffer[1:], "lower"))
+    torch.save(buffer, output / f"small-{rank}")
+
+
+def work(rank: int, count: int, store: Path, output: Path, cases: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
     for case in cases:
-        run(case, rank, output)
+        add_up_small(rank, output) if case == "small" else run(case, rank, output)
     dist.destroy_process_group()

@@ -87,6 +87,9 @@ def test_plan_capture_and_the_printed_plan(capsys):
     small = plan_capture(model, batches[0], memory_budget="600KiB", buffer_rows=512, dtype=torch.float64)
     assert [len(group.modules) for group in small.groups] == [3, 1, 2, 1] * 2 and small.groups[0].itemsize == 4
     assert len(small.windows) == 2
+    half = MODELS["llama"]().to(torch.bfloat16)
+    for normalize, size in (("none", 2), ("official", 4)):
+        assert plan_capture(half, make_batch("llama"), normalize=normalize).groups[0].itemsize == size
     one = plan_capture(model, batches[0])
     assert one.peak() == {"cpu": 4 * (3 * 49 * 48 + 81 * 80) + 2048 * 4 * (6 * 48 + 2 * 80)}
     capture_covariance(model, batches)

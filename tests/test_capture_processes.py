@@ -14,14 +14,15 @@ from kore.capture.input_groups import agree
 from kore.covariance import Group, load_covariance
 from kore.errors import KoreError
 from tests.batches import MODELS, make_batches
-from tests.capture_worker import Whole, whole_batches, work
+from tests.capture_worker import Whole, mixed_batches, mixed_targets, whole_batches, work
 
 
-def launch(output: Path, *cases: str) -> list[int | None]:
-    """Run the cases in two processes; returns how they ended. They are forked: importing takes longer than the work."""
+def launch(output: Path, *cases: str, count: int = 2) -> list[int | None]:
+    """Run the cases in several processes; returns how they ended. Forked, since importing takes longer."""
     context = multiprocessing.get_context("fork")
     store = output / f"store-{cases[0]}"
-    workers = [context.Process(target=work, args=(rank, store, output, cases), daemon=True) for rank in range(2)]
+    arguments = [(rank, count, store, output, cases) for rank in range(count)]
+    workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -53,14 +54,28 @@ def test_whole_numbers_add_up_to_the_very_bits_of_one_process(results):
     assert all(torch.equal(two[name], one[name]) for name in one.modules)
 
 
-@pytest.mark.parametrize(("case", "count"), [("llava", 5), ("idle", 3), ("windows", 5)])
-def test_processes_with_different_data_equal_one_with_all_of_it(results, case, count):
-    one = capture_covariance(MODELS["llava"](), make_batches("llava", count), progress=False, dtype=torch.float64)
+@pytest.mark.parametrize("case", ["llava", "idle", "windows"])
+def test_processes_with_different_data_equal_one_with_all_of_it(results, case):
+    model = MODELS["llava"]()
+    data, targets = {
+        "llava": (make_batches("llava", 5), None),
+        "idle": (make_batches("llava", 3), None),
+        "windows": (mixed_batches(), mixed_targets(model)),
+    }[case]
+    one = capture_covariance(model, data, targets, progress=False, dtype=torch.float64)
     two = pair(results, case)
     assert two.groups == one.groups
     for name in one.modules:
         scale = float(one[name].diagonal().max())
         torch.testing.assert_close(two[name].double(), one[name], rtol=0, atol=2e-6 * scale)
+
+
+def test_sums_over_processes_are_rounded_once_and_only_in_their_triangle(tmp_path):
+    assert launch(tmp_path, "small", count=3) == [0, 0, 0]
+    for rank in range(3):
+        one = 1 + 2.0**-23
+        expected = torch.tensor([[rank, rank], [one, rank], [one, one]])
+        assert torch.equal(torch.load(tmp_path / f"small-{rank}"), expected)
 
 
 def test_windows_are_the_same_in_all_processes(results):

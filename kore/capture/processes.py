@@ -66,8 +66,7 @@ class Processes:
         nccl = "nccl" in dist.get_backend(self._group)
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
-        for rows, columns, mine in triangle.blocks():
-            block = triangle.matrix[rows, columns]
+        for block, mine in triangle.blocks():
             total = block.to(device, torch.float64, copy=True, memory_format=torch.contiguous_format)
             dist.reduce(total, dst=first, group=self._group)
             rounded = total.to(block.dtype)
