@@ -37,7 +37,7 @@ AS_IS_TMA: dict[int | str, TritonConfig] = {
 # Fetched through pointers:
 AS_IS: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(32, 32, 32, 4, 1, 1, group=2, part_rows=64),
-    80: TritonConfig(128, 128, 32, 8, 4, 2),
+    80: TritonConfig(128, 128, 32, 8, 4, 4),
     90: TritonConfig(128, 128, 64, 8, 3, 4),
     100: TritonConfig(128, 128, 64, 8, 3, 2),
 }
@@ -45,7 +45,7 @@ AS_IS: dict[int | str, TritonConfig] = {
 # accumulator in tensor memory, which holds six of 64 columns, not of 128.
 IN_PIECES: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(32, 64, 32, 4, 1, 2, group=2, part_rows=64),
-    80: TritonConfig(128, 128, 16, 8, 3, 4),
+    80: TritonConfig(64, 128, 16, 8, 3, 2),
     90: TritonConfig(64, 128, 32, 4, 3, 2),
     100: TritonConfig(64, 64, 32, 4, 3, 1),
 }

@@ -94,15 +94,24 @@ def covariance_update(
 
 
 def last_wave(tiles: int, x: Tensor, config: TritonConfig, processors: int) -> tuple[int, int, int]:
-    """(tiles that are summed whole, parts that each of the others is cut into, rows of x in a part)."""
-    cut = tiles % processors
+    """(tiles that are summed whole, parts that each of the others is cut into, rows of x in a part).
+
+    As many parts as make the last wave shortest. In rows of x, writing a tile takes about a quarter of ``part_rows``,
+    and adding up the parts all of it.
+    """
+    n, cut = len(x), tiles % processors
     if cut:
         workspace = configs.WORKSPACE + x.numel() * x.element_size()
-        room = workspace // (4 * config.block_i * config.block_j * cut)
-        parts = min(processors // cut, len(x) // config.part_rows, room)
+        most = min(n // config.part_rows, workspace // (4 * config.block_i * config.block_j * cut))
+
+        def length(parts: int) -> float:
+            rounds = triton.cdiv(cut * parts, processors)
+            return rounds * (n / parts + config.part_rows / 4) + (parts > 1) * config.part_rows
+
+        parts = min(range(1, max(most, 1) + 1), key=length)
         if parts > 1:
-            steps = triton.cdiv(triton.cdiv(len(x), parts), config.block_n)
-            return tiles - cut, triton.cdiv(len(x), steps * config.block_n), steps * config.block_n
+            rows = triton.cdiv(triton.cdiv(n, parts), config.block_n) * config.block_n
+            return tiles - cut, triton.cdiv(n, rows), rows
     return tiles, 1, 0
 
 

@@ -117,6 +117,6 @@ class TestLastWave:
     def test_parts_cover_the_rows_and_the_workspace_is_bounded(self, tiles, n):
         whole, parts, rows = self.cut(tiles, n)
         cut = tiles - whole
-        assert 0 < cut == tiles % 132 and parts > 1 and cut * parts <= 132
+        assert 0 < cut == tiles % 132 and parts > 1
         assert rows % self.config.block_n == 0 and (parts - 1) * rows < n <= parts * rows
         assert cut * parts * 128 * 128 * 4 <= configs.WORKSPACE + n * 4096 * 2
