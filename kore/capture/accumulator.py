@@ -46,7 +46,7 @@ class Accumulator:
     def add(self, x: torch.Tensor, mask: torch.Tensor | None, count: int | torch.Tensor) -> None:
         """Add the rows of ``x`` (n, d) where ``mask`` (n,) bool is True, all when it is None; ``count`` of them."""
         if x.device != self.device:
-            x, mask = x.to(self.device, non_blocking=True), None if mask is None else mask.to(self.device)
+            x, mask = x.to(self.device), None if mask is None else mask.to(self.device)
         if self._buffer is not None and self._buffer.dtype != x.dtype:
             self.flush()
             self._buffer = self._mask = None

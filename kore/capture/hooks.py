@@ -13,7 +13,7 @@ from torch import nn
 
 from kore.capture.input_groups import InputGroups
 from kore.capture.rows import counted_rows
-from kore.capture.selection import Selection, Selector
+from kore.capture.selection import Selection, Selector, send
 from kore.errors import KoreError
 from kore.models import base_model
 
@@ -111,7 +111,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
+        return send(value, device)
     if isinstance(value, Mapping):
         return {key: _to(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -79,9 +79,12 @@ class MemoryPlan:
         for (dim, device), count in singles.items():
             if self.storage == "square":
                 need[device] += count * dim * dim * self.dtype.itemsize
+                continue
+            pair = (dim + 1) * dim * self.dtype.itemsize
+            if self.storage == "offload" and device != HOST:  # torch gives out page-locked memory in powers of two
+                need[HOST] += (count + 1) // 2 * (1 << (pair - 1).bit_length())
             else:
-                home = HOST if self.storage == "offload" else device
-                need[home] += (count + 1) // 2 * (dim + 1) * dim * self.dtype.itemsize
+                need[device] += (count + 1) // 2 * pair
         for group in groups:
             need[group.device] += self.buffer_bytes(group)
         if self.storage == "offload":

@@ -39,9 +39,14 @@ class Selection:
         moved = self._moved.get(device)
         if moved is None:
             assert self.keep is not None
-            index = None if self.index is None else self.index.to(device, non_blocking=True)
-            moved = self._moved[device] = self.keep.to(device, non_blocking=True).reshape(-1), index
+            index = None if self.index is None else send(self.index, device)
+            moved = self._moved[device] = send(self.keep, device).reshape(-1), index
         return moved
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``x`` on a device, without waiting where that is safe: the host must not read what is still on its way."""
+    return x.to(device, non_blocking=device.type != "cpu")
 
 
 class Selector:
