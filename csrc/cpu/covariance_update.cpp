@@ -67,7 +67,7 @@ public:
         for (int64_t start = 0; start < kept; start += chunk) {
             const int64_t count = std::min(chunk, kept - start);
             const int64_t steps = ceil_div(count, kernel.depth), parts = ceil_div(steps, longest);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
             for (int64_t unit = 0; unit < panels * parts; ++unit)
                 pack(unit / parts, start, count, unit % parts * longest);
 #pragma omp for schedule(dynamic)
