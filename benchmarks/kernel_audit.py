@@ -101,10 +101,11 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def architectures() -> tuple[int, ...]:
     """Those that the installed Triton can compile for: sm_100 came with 3.3."""
-    return ARCHITECTURES if _triton_version() >= (3, 3) else ARCHITECTURES[:2]
+    return ARCHITECTURES if triton_version() >= (3, 3) else ARCHITECTURES[:2]
 
 
-def _triton_version() -> tuple[int, ...]:
+def triton_version() -> tuple[int, ...]:
+    """(major, minor) of the one installed."""
     import triton
 
     return tuple(map(int, triton.__version__.split(".")[:2]))
@@ -192,7 +193,7 @@ def _inspect(case: str, name: str, arch: int, kernel: Any) -> Row:
         problems.append(f"needs {shared_memory} bytes of shared memory, {gpu.SHARED_MEMORY[arch]} exist")
     if not tensor_core and name not in MULTIPLIES_NOTHING:
         problems.append("no tensor-core instruction")
-    if not loads and name in LOADS_AHEAD and _triton_version() >= (3, 4):  # older ones do not for every kind of tile
+    if not loads and name in LOADS_AHEAD and triton_version() >= (3, 4):  # older ones do not for every kind of tile
         problems.append("no asynchronous load")
     occupancy = resident * threads / THREADS_PER_SM
     return Row(

@@ -102,6 +102,10 @@ sys.exit(0 if kernel_audit.main(["--arch", "80", "--only", "covariance bfloat16$
     ],
 )
 def test_audit_fails_on_a_bad_tile(tile, problem):
+    from benchmarks.kernel_audit import triton_version
+
+    if "asynchronous" in problem and triton_version() < (3, 4):
+        pytest.skip("the audit asks for loads ahead from Triton 3.4 on")
     assert re.search(problem, finish(start("-c", AUDIT_A_BAD_TILE.format(tile=tile))))
 
 
