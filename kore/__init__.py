@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # A submodule must not carry the name of a public function: importing it would hide the function.
 _PUBLIC = {
     "capture_covariance": "kore.capture",
+    "plan_capture": "kore.capture",
     "CovarianceSet": "kore.covariance",
     "load_covariance": "kore.covariance",
     "merge_covariance": "kore.covariance",
