@@ -45,8 +45,8 @@ def covariance_update_(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. C is unchanged then.
 
-    NaN and inf in a kept row propagate into C. No rows: C is unchanged. No temporary of C's size is made by the
-    native and Triton backends. No gradient flows through this function.
+    NaN and inf in a kept row propagate into C. No rows: C is unchanged. The native and Triton backends take
+    at most 12 MiB beside a small multiple of x, whatever d is. No gradient flows through this function.
     """
     _check(C, x, mask, weight, alpha)
     checks.triangle(_OP, triangle)
