@@ -131,11 +131,11 @@ def main() -> None:
     whole = list(arguments.only) == list(PARTS)
     stored = {} if whole or not arguments.output.exists() else json.loads(arguments.output.read_text(encoding="utf-8"))
     backends = {name: str(info) for name, info in kk.backends().items()}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
         made_with = {"environment": environment(), "machine": describe(CPU), "backends": backends}
         stored[name] = {**PARTS[name](arguments.rounds), **made_with}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, stored)
+        write_json(arguments.output, stored)
 
 
 if __name__ == "__main__":
