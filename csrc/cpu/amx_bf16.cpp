@@ -59,7 +59,7 @@ void multiply_tiles(const void* left, const void* right, int64_t steps, float al
 
 const kore::Kernel& kore::amx_bf16_kernel() {
     static constexpr Kernel kernel = {
-        EDGE, EDGE, DEPTH, DEPTH * 2, pack_transposed_pairs, pack_pairs<EDGE, DEPTH>, multiply_tiles,
+        EDGE, EDGE, DEPTH, DEPTH * 2, pack_transposed_pairs, pack_pairs<EDGE, DEPTH>, multiply_tiles, nullptr,
     };
     return kernel;
 }

@@ -16,6 +16,8 @@ struct PairDot {
 }  // namespace
 
 const kore::Kernel& kore::avx512_bf16_kernel() {
-    static constexpr Kernel kernel = {8, 32, 2, 4, pack_pairs<32, 2>, pack_pairs<32, 2>, multiply<PairDot, 16, 8, 2>};
+    static constexpr Kernel kernel = {
+        8, 32, 2, 4, pack_pairs<32, 2>, pack_pairs<32, 2>, multiply<PairDot, 16, 8, 2>, multiply_half<PairDot, 16, 8, 2>(),
+    };
     return kernel;
 }

@@ -3,6 +3,10 @@
 // Chunks of the kept rows are packed into panels, a few columns of x each. Then every thread takes square blocks of the
 // triangle; a block stays in its cache while all rows of the chunk are multiplied into it. Which thread takes a block
 // has no influence on its numbers.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -20,6 +24,7 @@ constexpr int64_t BLOCK = 96;             // edge of a block of C, a multiple of
 constexpr int64_t LONGEST_SUM = 192;      // rows that are summed before they are added to C, which bounds the rounding
 constexpr int64_t CHUNK_BYTES = 6 << 20;  // packed at a time ...
 constexpr int64_t CHUNK_ROWS = 384;       // ... but at least so many rows, as C passes through memory once a chunk
+constexpr int64_t LARGE_PAGE = 2 << 20;
 constexpr double SMALL = 4e6;             // multiplications that are not worth waking a thread
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,15 +33,20 @@ struct Free {
     void operator()(char* memory) const { std::free(memory); }
 };
 
-// Kept between the calls of a thread: new memory costs more, page by page, than packing into it.
+// Kept between the calls of a thread: new memory costs more, page by page, than packing into it. In large pages where
+// the system has them, as panels are read from all over.
 char* workspace(int64_t bytes) {
     thread_local std::unique_ptr<char, Free> memory;
     thread_local int64_t size = 0;
     if (size < bytes) {
         size = 0;
         memory.reset();
-        memory.reset(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64)));
+        const int64_t page = bytes < LARGE_PAGE ? 64 : LARGE_PAGE, whole = ceil_div(bytes, page) * page;
+        memory.reset(static_cast<char*>(std::aligned_alloc(page, whole)));
         if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        if (page == LARGE_PAGE) madvise(memory.get(), whole, MADV_HUGEPAGE);
+#endif
         size = bytes;
     }
     return memory.get();
@@ -112,7 +122,12 @@ private:
         if (covered == WHOLE) kernel.multiply(a, b, steps, alpha, C + i * d + j, d);
         if (covered != PART) return;
         float sum[kore::MAX_TILE] = {};
-        kernel.multiply(a, b, steps, alpha, sum, kernel.columns);
+        const int half = kernel.columns / 2;
+        const bool in_half = kernel.multiply_half && (upper ? i >= j + half : i + kernel.rows <= j + half);
+        const int skipped = in_half && upper ? half : 0;
+        (in_half ? kernel.multiply_half : kernel.multiply)(
+            a, b + skipped * kernel.step_bytes, steps, alpha, sum + skipped, kernel.columns
+        );
         const int64_t end_i = std::min(d, i + kernel.rows), end_j = std::min(d, j + kernel.columns);
         for (int64_t row = i; row < end_i; ++row) {
             const int64_t from = upper ? std::max(j, row) : j, to = upper ? end_j : std::min(end_j, row + 1);

@@ -28,6 +28,7 @@ struct Kernel {
     int step_bytes;
     Pack pack_left, pack_right;
     Multiply multiply;
+    Multiply multiply_half;  // only the first half of the tile's columns, or nullptr
 };
 
 constexpr int MAX_TILE = 32 * 32;  // cells of the largest tile

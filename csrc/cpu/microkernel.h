@@ -54,8 +54,8 @@ void pack_floats(const Rows& rows, int64_t count, int64_t first, int64_t columns
 }
 
 // The sum of products is kept in ROWS x VECTORS registers of LANES floats. Left and right are read four bytes at a
-// time: a float, or two bfloat16 of neighbouring rows of x, as Dot has it.
-template <class Dot, int LANES, int ROWS, int VECTORS>
+// time: a float, or two bfloat16 of neighbouring rows of x, as Dot has it. A step of a panel is PANEL of these wide.
+template <class Dot, int LANES, int ROWS, int VECTORS, int PANEL = LANES * VECTORS>
 void multiply(const void* left, const void* right, int64_t steps, float alpha, float* C, int64_t stride) {
     typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
     typedef float Packed __attribute__((vector_size(LANES * sizeof(float)), may_alias));
@@ -69,7 +69,7 @@ void multiply(const void* left, const void* right, int64_t steps, float alpha, f
     Vector sum[ROWS][VECTORS] = {};
     const Scalar* a = static_cast<const Scalar*>(left);
     const float* b = static_cast<const float*>(right);
-    for (int64_t step = 0; step < steps; ++step, a += COLUMNS, b += COLUMNS) {
+    for (int64_t step = 0; step < steps; ++step, a += PANEL, b += PANEL) {
         Vector columns[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) columns[v] = *reinterpret_cast<const Packed*>(b + v * LANES);
@@ -85,6 +85,12 @@ void multiply(const void* left, const void* right, int64_t steps, float alpha, f
             Unaligned* cells = reinterpret_cast<Unaligned*>(C + i * stride + v * LANES);
             *cells = *cells + alpha * sum[i][v];
         }
+}
+
+template <class Dot, int LANES, int ROWS, int VECTORS>
+constexpr kore::Multiply multiply_half() {
+    if constexpr (VECTORS % 2 == 0) return multiply<Dot, LANES, ROWS, VECTORS / 2, LANES * VECTORS>;
+    return nullptr;
 }
 
 // a * b in float32; the compiler fuses the addition where the instruction set can.
@@ -106,6 +112,7 @@ constexpr kore::Kernel float32_kernel() {
         pack_floats<Element, LANES * VECTORS>,
         pack_floats<Element, LANES * VECTORS>,
         multiply<Float32Dot, LANES, ROWS, VECTORS>,
+        multiply_half<Float32Dot, LANES, ROWS, VECTORS>(),
     };
 }
 
