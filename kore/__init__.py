@@ -25,6 +25,8 @@ _PUBLIC = {
     "load_kore_model": "kore.adapter",
     "save_adapter": "kore.adapter",
     "freeze_a": "kore.adapter",
+    "accelerate": "kore.acceleration",
+    "decelerate": "kore.acceleration",
     "load_model": "kore.models",
     "TrainConfig": "kore.training",
     "train": "kore.training",

@@ -120,7 +120,8 @@ def test_checkpoint_that_lost_a_byte_does_not_count(root: Path, tmp_path: Path) 
 def test_two_processes_agree_and_equal_one_with_the_double_batch(root: Path, tmp_path: Path) -> None:
     """Images and text-only rows in one run, so that a process may hold a batch without any image.
 
-    Plain gradient descent, since Adam turns rounding differences of small gradients into whole steps.
+    Plain gradient descent, since Adam turns rounding differences of small gradients into whole steps. The bounds leave
+    room for sums in another order; another mean, batch or learning rate is off by more than a hundredth.
     """
     descent = dict(optimizer="sgd", learning_rate=5.0, projector_learning_rate=0.5)
     assert worker(root, tmp_path / "two", processes=2, config={**CONFIG, **descent}) == 0
@@ -132,9 +133,9 @@ def test_two_processes_agree_and_equal_one_with_the_double_batch(root: Path, tmp
     history = json.loads((tmp_path / "two" / "history.json").read_text())
     assert len(history) == len(one.history) == 9
     for entry, reference in zip(history, one.history, strict=True):
-        assert entry["loss"] == pytest.approx(reference["loss"], rel=1e-5)
-        assert entry["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+        assert entry["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+        assert entry["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
     assert all(value.abs().max() > 1e-4 for name, value in first.items() if "lora_B" in name)
     for name, parameter in one.model.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-3, atol=1e-5)

@@ -1,0 +1,128 @@
+"""Fused forward and backward passes for PEFT's LoRA layers whose A is frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+import kore_kernels as kk
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What :func:`accelerate` did; ``print`` shows it.
+
+    Attributes:
+        accelerated: Names of the layers that run fused now.
+        left: For every other LoRA layer, by name, why it runs as before.
+    """
+
+    accelerated: tuple[str, ...]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.accelerated)} LoRA layers run fused, {len(self.left)} as before"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        lines += [f"  {reason}: {len(names)} layers, for example {names[0]}" for reason, names in reasons.items()]
+        return "\n".join(lines)
+
+
+class FusedLinear(Linear):
+    """A PEFT LoRA layer that computes y = xWᵀ + b + s (xAᵀ)Bᵀ with :func:`kore_kernels.lora_fa_linear`.
+
+    Parameters, state dict and settings are the PEFT layer's own. A call that the fused operation does not cover (see
+    :func:`refusal`; also adapters switched off, merged, mixed in one batch, hooks on the parts of the layer, weights
+    that are elsewhere) takes PEFT's forward pass.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or self.disable_adapters or self.merged or refusal(self) or not _covers(self, x):
+            return super().forward(x, *args, **kwargs)
+        adapter = self.active_adapters[0]
+        base: Any = self.base_layer
+        A: Any = self.lora_A[adapter]
+        B: Any = self.lora_B[adapter]
+        return kk.lora_fa_linear(x, base.weight, base.bias, A.weight.detach(), B.weight, self.scaling[adapter])
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Let every LoRA layer of ``model`` whose A is frozen run fused, in place; :func:`decelerate` takes it back.
+
+    Outputs and gradients are PEFT's within rounding; for the backward pass a layer keeps h = xAᵀ (tokens, r) and
+    nothing else of its input. Parameters, their names, the optimizer's state and saved adapters are those of the plain
+    model, so runs with and without it continue each other. Works on any PEFT model after :func:`kore.freeze_a`.
+
+    Args:
+        model: A ``PeftModel``, or a module that holds one; only the class of its LoRA layers is changed.
+
+    Returns:
+        Which layers run fused, and why the others do not.
+    """
+    accelerated, left = [], {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            reason = refusal(module)
+            if reason:
+                left[name] = reason
+            else:
+                module.__class__ = FusedLinear
+                accelerated.append(name)
+    return Acceleration(tuple(accelerated), left)
+
+
+def decelerate(model: nn.Module) -> nn.Module:
+    """Give every layer that :func:`accelerate` changed its PEFT class back. Returns ``model``."""
+    for module in model.modules():
+        if type(module) is FusedLinear:
+            module.__class__ = Linear  # type: ignore[assignment]
+    return model
+
+
+def refusal(layer: LoraLayer) -> str | None:
+    """Why a LoRA layer in its present state cannot run fused, or None."""
+    if type(layer) not in (Linear, FusedLinear):
+        return f"a {type(layer).__module__}.{type(layer).__name__}, not a plain LoRA linear"
+    if type(layer.base_layer) is not nn.Linear:
+        return f"its base layer is a {type(layer.base_layer).__name__}"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or len(layer.active_adapters) != 1:
+        return f"{len(active)} active adapters"
+    (adapter,) = active
+    if getattr(layer, "use_dora", {}).get(adapter) or adapter in getattr(layer, "lora_variant", {}):
+        return "DoRA or another variant of LoRA"
+    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    if layer.lora_A[adapter].weight.requires_grad:
+        return "A is trained; kore.freeze_a(model) freezes it"
+    if layer.base_layer.weight.requires_grad:
+        return "its base weight is trained"
+    if A.bias is not None or B.bias is not None:
+        return "the adapter has a bias"
+    dropout = layer.lora_dropout[adapter]
+    if isinstance(dropout, nn.Dropout) and dropout.p > 0 and layer.training:
+        return "dropout on the adapter's input"
+    return None
+
+
+def _covers(layer: FusedLinear, x: torch.Tensor) -> bool:
+    """Whether all parts of the layer are at hand: plain weights beside x, in dtypes that go together, without hooks."""
+    adapter = layer.active_adapters[0]
+    base, A, B = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in (base, A, B)):
+        return False
+    W, a, b = base.weight, A.weight, B.weight
+    if any(part.weight.shape != (part.out_features, part.in_features) for part in (base, A, B)):
+        return False
+    if base.bias is not None and base.bias.requires_grad:
+        return False
+    if not x.device == W.device == a.device == b.device or a.dtype != b.dtype:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return True
+    return x.dtype == W.dtype and (a.dtype == x.dtype or (a.dtype == torch.float32 and x.dtype.itemsize == 2))
