@@ -1,0 +1,64 @@
+"""Fused LoRA layers in two processes: replicated by DistributedDataParallel, sharded by FSDP2."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import kore_kernels as kk
+from kore.acceleration import accelerate
+from tests.batches import make_batch
+from tests.test_acceleration import frozen_lora, step
+
+
+def shard(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAP = {"ddp": torch.nn.parallel.DistributedDataParallel, "fsdp2": shard}
+
+
+def work(rank: int, how: str, folder: Path) -> None:
+    """One step on the same batch in every process, so that the mean gradient is that of one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, fused, calls = frozen_lora(), kk.lora_fa_linear, []
+    accelerate(model)
+    kk.lora_fa_linear = lambda *arguments: calls.append(1) or fused(*arguments)
+    batch = make_batch("llama")
+    WRAP[how](model)(**{**batch, "labels": batch["input_ids"]}).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
+    torch.save((len(calls), gradients), folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+NO_CPU = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on CPUs")
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=NO_CPU)])
+def test_two_processes_have_the_gradients_of_peft_in_one(how, tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(rank, how, tmp_path), daemon=True) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+        worker.kill()
+    model = frozen_lora()
+    _, expected = step(model)
+    for rank in range(2):
+        calls, gradients = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert calls == len(accelerate(model).accelerated) and gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert (gradient.double() - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
