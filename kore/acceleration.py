@@ -91,14 +91,15 @@ def refusal(layer: LoraLayer) -> str | None:
         return f"a {type(layer).__module__}.{type(layer).__name__}, not a plain LoRA linear"
     if type(layer.base_layer) is not nn.Linear:
         return f"its base layer is a {type(layer.base_layer).__name__}"
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or len(layer.active_adapters) != 1:
-        return f"{len(active)} active adapters"
-    (adapter,) = active
+    if len(layer.active_adapters) != 1:
+        return f"{len(layer.active_adapters)} active adapters"
+    (adapter,) = layer.active_adapters
+    if adapter not in layer.lora_A:
+        return "the active adapter does not change it"
     if getattr(layer, "use_dora", {}).get(adapter) or adapter in getattr(layer, "lora_variant", {}):
         return "DoRA or another variant of LoRA"
     A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-    if layer.lora_A[adapter].weight.requires_grad:
+    if A.weight.requires_grad:
         return "A is trained; kore.freeze_a(model) freezes it"
     if layer.base_layer.weight.requires_grad:
         return "its base weight is trained"
