@@ -1,8 +1,7 @@
-"""Fused forward and backward passes for PEFT's LoRA layers whose A is frozen."""
+"""PEFT's LoRA over a plain linear layer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,36 +10,18 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 import kore_kernels as kk
+from kore.acceleration.fused import Fused, Kind
 
 
-@dataclass(frozen=True)
-class Acceleration:
-    """What :func:`accelerate` did; ``print`` shows it.
-
-    Attributes:
-        accelerated: Names of the layers that run fused now.
-        left: For every other LoRA layer, by name, why it runs as before.
-    """
-
-    accelerated: tuple[str, ...]
-    left: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.accelerated)} LoRA layers run fused, {len(self.left)} as before"]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.left.items():
-            reasons.setdefault(reason, []).append(name)
-        lines += [f"  {reason}: {len(names)} layers, for example {names[0]}" for reason, names in reasons.items()]
-        return "\n".join(lines)
-
-
-class FusedLinear(Linear):
+class FusedLinear(Fused, Linear):
     """A PEFT LoRA layer that computes y = xWᵀ + b + s (xAᵀ)Bᵀ with :func:`kore_kernels.lora_fa_linear`.
 
     Parameters, state dict and settings are the PEFT layer's own. A call that the fused operation does not cover (see
     :func:`refusal`; also adapters switched off, merged, mixed in one batch, hooks on the parts of the layer, weights
     that are elsewhere) takes PEFT's forward pass.
     """
+
+    plain = Linear
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or self.disable_adapters or self.merged or refusal(self) or not _covers(self, x):
@@ -52,43 +33,8 @@ class FusedLinear(Linear):
         return kk.lora_fa_linear(x, base.weight, base.bias, A.weight.detach(), B.weight, self.scaling[adapter])
 
 
-def accelerate(model: nn.Module) -> Acceleration:
-    """Let every LoRA layer of ``model`` whose A is frozen run fused, in place; :func:`decelerate` takes it back.
-
-    Outputs and gradients are PEFT's within rounding; for the backward pass a layer keeps h = xAᵀ (tokens, r) and
-    nothing else of its input. Parameters, their names, the optimizer's state and saved adapters are those of the plain
-    model, so runs with and without it continue each other. Works on any PEFT model after :func:`kore.freeze_a`.
-
-    Args:
-        model: A ``PeftModel``, or a module that holds one; only the class of its LoRA layers is changed.
-
-    Returns:
-        Which layers run fused, and why the others do not.
-    """
-    accelerated, left = [], {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            reason = refusal(module)
-            if reason:
-                left[name] = reason
-            else:
-                module.__class__ = FusedLinear
-                accelerated.append(name)
-    return Acceleration(tuple(accelerated), left)
-
-
-def decelerate(model: nn.Module) -> nn.Module:
-    """Give every layer that :func:`accelerate` changed its PEFT class back. Returns ``model``."""
-    for module in model.modules():
-        if type(module) is FusedLinear:
-            module.__class__ = Linear  # type: ignore[assignment]
-    return model
-
-
 def refusal(layer: LoraLayer) -> str | None:
     """Why a LoRA layer in its present state cannot run fused, or None."""
-    if type(layer) not in (Linear, FusedLinear):
-        return f"a {type(layer).__module__}.{type(layer).__name__}, not a plain LoRA linear"
     if type(layer.base_layer) is not nn.Linear:
         return f"its base layer is a {type(layer.base_layer).__name__}"
     if len(layer.active_adapters) != 1:
@@ -127,3 +73,6 @@ def _covers(layer: FusedLinear, x: torch.Tensor) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         return True
     return x.dtype == W.dtype and (a.dtype == x.dtype or (a.dtype == torch.float32 and x.dtype.itemsize == 2))
+
+
+KIND = Kind.of(FusedLinear, refusal)

@@ -1,0 +1,8 @@
+"""The sorts of layers that can run fused, in the order in which they are tried."""
+
+from __future__ import annotations
+
+from kore.acceleration import linear
+from kore.acceleration.fused import Kind
+
+KINDS: tuple[Kind, ...] = (linear.KIND,)
