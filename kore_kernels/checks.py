@@ -50,6 +50,12 @@ def triangle(op: str, value: object) -> None:
         raise ValueError(f"{op}: triangle must be 'lower' or 'upper', got {value!r}")
 
 
+def probability(op: str, name: str, value: float) -> None:
+    """A number from 0 to below 1."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{op}: {name} must be at least 0 and below 1, got {value}")
+
+
 def frozen(op: str, name: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(

@@ -15,35 +15,69 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kore_kernels import dispatch, gpu
-from kore_kernels.lora_fa_linear import configs
+from kore_kernels.lora_fa_linear import configs, dropout
 from kore_kernels.padding import pad_columns, padded
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    h = project(x, A.T, A.shape[0])
+    h = project(x, A.T, A.shape[0], dropout_p, seed)
     return two_products(x, weight.T, bias, h, pad_columns(B).T, scaling), h
 
 
 def backward(
-    g: Tensor, weight: Tensor | None, A: Tensor | None, B: Tensor, h: Tensor | None, scaling: float
+    g: Tensor,
+    weight: Tensor | None,
+    A: Tensor | None,
+    B: Tensor,
+    h: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     gB, dB = gradients(g, B, h, scaling, want_gB=weight is not None)
     if weight is None or A is None or gB is None:
         return None, dB
-    return two_products(g, weight, None, gB, A, scaling), dB
+    return two_products(g, weight, None, gB, A, scaling, dropout_p=dropout_p, seed=seed), dB
 
 
-def project(x: Tensor, basis: Tensor, rank: int) -> Tensor:
-    """x @ basis[:, :rank] in basis's dtype as (N, padded(rank)) whose other columns are zero."""
+def merged_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, want_h: bool
+) -> tuple[Tensor, Tensor | None]:
+    y = F.linear(x, merged(weight, A, B, scaling), bias)
+    return y, project(x, A.T, A.shape[0]) if want_h else None
+
+
+def merged_backward(
+    g: Tensor, weight: Tensor | None, A: Tensor | None, B: Tensor, h: Tensor | None, scaling: float
+) -> tuple[Tensor | None, Tensor | None]:
+    dB = None if h is None else gradients(g, B, h, scaling, want_gB=False)[1]
+    return None if weight is None or A is None else g @ merged(weight, A, B, scaling), dB
+
+
+def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """W + s B A in W's dtype, rounded once."""
+    return two_products(pad_columns(B), A, scaling=scaling, add=weight)
+
+
+def project(x: Tensor, basis: Tensor, rank: int, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """drop(x) @ basis[:, :rank] in basis's dtype as (N, padded(rank)) whose other columns are zero."""
     h = x.new_empty(x.shape[0], padded(rank), dtype=basis.dtype)
-    _launch_two_products(configs.NARROW_HALF, h, x, basis[:, :rank], None, None, None, 0.0, None)
+    _launch_two_products(configs.NARROW_HALF, h, x, basis[:, :rank], None, None, None, 1.0, None, dropout_p, seed)
     return h
 
 
@@ -56,13 +90,16 @@ def two_products(
     scaling: float = 1.0,
     *,
     add: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """L R + bias + scaling P Q + add, in L's dtype, each term but the first if given.
+    """L R + bias + scaling drop(P Q) + add, each term but the first if given; without P and Q, scaling is L R's.
 
-    L may have more columns than R has rows, and P than Q, if those columns are zero.
+    In the dtype of ``add``, or else of L. L may have more columns than R has rows, and P than Q, if those columns are
+    zero.
     """
-    out = L.new_empty(L.shape[0], R.shape[1])
-    _launch_two_products(configs.HALF, out, L, R, bias, P, Q, scaling, add)
+    out = (L if add is None else add).new_empty(L.shape[0], R.shape[1])
+    _launch_two_products(configs.HALF, out, L, R, bias, P, Q, scaling, add, dropout_p, seed)
     return out
 
 
@@ -76,6 +113,8 @@ def _launch_two_products(
     Q: Tensor | None,
     scaling: float,
     add: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> None:
     m, n = out.shape
     base_dot = gpu.dot_dtype(L, R)
@@ -93,7 +132,9 @@ def _launch_two_products(
         P,
         Q,
         add,
-        float(scaling),
+        seed,
+        float(scaling) / (1 - dropout_p),
+        dropout.threshold(dropout_p),
         m,
         n,
         R.shape[1],
@@ -106,7 +147,7 @@ def _launch_two_products(
         *R.stride(),
         0 if P is None else P.stride(0),
         *((0, 0) if Q is None else Q.stride()),
-        0 if add is None else add.stride(0),
+        *((0, 0) if add is None else add.stride()),
         BASE_DOT=base_dot,
         LOW_RANK_DOT=low_rank_dot,
         BLOCK_M=config.block_m,
@@ -118,7 +159,7 @@ def _launch_two_products(
     )
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "threshold"])
 def _two_products(
     OUT,
     L,
@@ -127,7 +168,9 @@ def _two_products(
     P,
     Q,
     ADD,
+    SEED,
     scaling,
+    threshold,
     m,
     n,
     r_columns,
@@ -143,7 +186,8 @@ def _two_products(
     stride_p,
     stride_qk,
     stride_qn,
-    stride_add,
+    stride_am,
+    stride_an,
     BASE_DOT: tl.constexpr,
     LOW_RANK_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -164,6 +208,9 @@ def _two_products(
             left = tl.load(p + at[None, :], mask=in_m[:, None] & (at < p_columns)[None, :], other=0.0)
             right = tl.load(q + at[:, None] * stride_qk, mask=(at < q_rows)[:, None] & in_n[None, :], other=0.0)
             total = tl.dot(left.to(LOW_RANK_DOT), right.to(LOW_RANK_DOT), total, input_precision="tf32x3")
+        if SEED is not None:
+            kept = _keep(SEED, rows, columns, threshold, BLOCK_M, BLOCK_N)
+            total = tl.where(kept, total, 0.0)
         total *= scaling
     l = L + row[:, None] * stride_lm
     r = R + column[None, :] * stride_rn
@@ -172,12 +219,17 @@ def _two_products(
         far = at.to(tl.int64)
         left = tl.load(l + far[None, :] * stride_lk, mask=in_m[:, None] & (at < l_columns)[None, :], other=0.0)
         right = tl.load(r + far[:, None] * stride_rk, mask=(at < r_rows)[:, None] & in_n[None, :], other=0.0)
+        if P is None and SEED is not None:
+            left = tl.where(_keep(SEED, rows, at, threshold, BLOCK_M, BLOCK_K), left, 0.0)
         total = tl.dot(left.to(BASE_DOT), right.to(BASE_DOT), total, input_precision="tf32x3")
+    if P is None:
+        total *= scaling
     if BIAS is not None:
         total += tl.load(BIAS + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
     inside = in_m[:, None] & (columns < n)[None, :]
     if ADD is not None:
-        total += tl.load(ADD + row[:, None] * stride_add + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        added = ADD + row[:, None] * stride_am + column[None, :] * stride_an
+        total += tl.load(added, mask=inside, other=0.0).to(tl.float32)
     # Columns beyond R's are padding: zero, even in a row that is not finite.
     total = tl.where(in_n[None, :], total, 0.0)
     tl.store(OUT + row[:, None] * stride_out + columns[None, :], total.to(OUT.dtype.element_ty), mask=inside)
@@ -330,6 +382,16 @@ def _dB_tile(
         right = tl.load(H + far * r_padded + columns[None, :], mask=inside & in_rank, other=0.0)
         total = tl.dot(tl.trans(left).to(DOT), right.to(DOT), total, input_precision="tf32x3")
     tl.store(SHARE + row[:, None] * r + columns[None, :], total, mask=in_rows[:, None] & (columns < r)[None, :])
+
+
+@triton.jit
+def _keep(SEED, rows, columns, threshold, M: tl.constexpr, N: tl.constexpr):
+    """The dropout mask (M, N) of these rows and of columns that begin at a multiple of four."""
+    quads = tl.min(columns, 0) // 4 + tl.arange(0, N // 4)
+    zero = tl.zeros((M, N // 4), dtype=tl.int32)
+    a, b, c, d = tl.philox(tl.load(SEED), quads[None, :] + zero, rows[:, None] + zero, zero, zero)
+    words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(M, N)
+    return (words >> 1).to(tl.int32) >= threshold
 
 
 @triton.jit

@@ -190,13 +190,14 @@ class TestRegistration:
     def test_opcheck(self, grads):
         x, weight, bias, A, B = layer(6, 5, 7, 3)
         arguments = (x.reshape(2, 3, 5).requires_grad_(grads[0]), weight, bias, A, B.requires_grad_(grads[1]), 0.5)
+        arguments += (0.0, None)
         torch.library.opcheck(torch.ops.kore.lora_fa_linear.default, arguments)
 
     def test_opcheck_backward(self):
         x, weight, _, A, B = layer(6, 5, 7, 3)
         g, h = torch.randn(6, 7), F.pad(x @ A.T, (0, 13))
         for arguments in ((g, weight, A, B, h, 0.5), (g, None, None, B, h, 0.5), (g, weight, A, B, None, 0.5)):
-            torch.library.opcheck(torch.ops.kore.lora_fa_linear_backward.default, arguments)
+            torch.library.opcheck(torch.ops.kore.lora_fa_linear_backward.default, (*arguments, 0.0, None))
 
     def test_compiles_into_one_graph(self):
         _, weight, bias, A, B = layer(6, 5, 7, 3)
