@@ -45,6 +45,26 @@ void symmetrize(uintptr_t C, int64_t d, int element_bytes, bool upper, int threa
     check(kore_symmetrize(at<void>(C), d, element_bytes, upper, threads));
 }
 
+void dropout(
+    uintptr_t x,
+    int64_t rows,
+    int64_t columns,
+    int64_t stride_row,
+    int64_t stride_column,
+    int element_bytes,
+    int64_t first_row,
+    int64_t seed,
+    int64_t threshold,
+    uintptr_t out,
+    int isa,
+    int threads
+) {
+    check(kore_dropout(
+        at<void>(x), rows, columns, stride_row, stride_column, element_bytes, first_row, seed, threshold, at<void>(out),
+        isa, threads
+    ));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -53,4 +73,5 @@ PYBIND11_MODULE(_native, module) {
     module.def("cpu_isa", &kore_cpu_isa);
     module.def("covariance_update", &covariance_update, release());
     module.def("symmetrize", &symmetrize, release());
+    module.def("dropout", &dropout, release());
 }

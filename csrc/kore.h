@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define KORE_ABI_VERSION 1
+#define KORE_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -56,6 +56,27 @@ int kore_covariance_update(
 
 /* Mirrors one triangle of C (d, d) contiguous, elements of 4 or 8 bytes, onto the other: the upper one if upper. */
 int kore_symmetrize(void* C, int64_t d, int element_bytes, int upper, int threads);
+
+/* out = x where the dropout mask keeps, 0 elsewhere. x: (rows, columns), elements of 2, 4 or 8 bytes; out: contiguous,
+ * may be x itself.
+ *
+ * Row i of x is row first_row + i of the mask, which keeps element (row, j) if word j % 4 of Philox 4x32-10 for the key
+ * seed and the counter (j / 4, row, 0, 0), shifted right by one bit, is at least threshold (0 .. 2^31 - 1).
+ */
+int kore_dropout(
+    const void* x,
+    int64_t rows,
+    int64_t columns,
+    int64_t stride_row,
+    int64_t stride_column,
+    int element_bytes,
+    int64_t first_row,
+    int64_t seed,
+    int64_t threshold,
+    void* out,
+    int isa,
+    int threads
+);
 
 #ifdef __cplusplus
 }

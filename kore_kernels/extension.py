@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -84,6 +84,14 @@ def symmetrize(C: Tensor, triangle: str) -> None:
     _module().symmetrize(C.data_ptr(), C.shape[0], C.element_size(), upper, torch.get_num_threads())
 
 
+def dropout(x: Tensor, seed: int, threshold: int, first: int, out: Tensor, level: int) -> None:
+    """out (n, d) contiguous = x (n, d), the rows from ``first`` on, with zeros where elements are dropped."""
+    _module().dropout(
+        x.data_ptr(), *x.shape, *x.stride(), x.element_size(), first, seed, threshold, out.data_ptr(), level,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _module() -> ModuleType:
     module, reason = _load()
     if module is None:
@@ -126,4 +134,9 @@ def _agrees(level: int) -> bool:
             covariance_update(portable, x, None, None, 1.0, triangle, 0)
             if not torch.allclose(ours, portable, rtol=1e-5, atol=1e-4):
                 return False
+        ours, portable = torch.empty_like(x), torch.empty_like(x)
+        dropout(x, 1, 2**30, 0, ours, level)
+        dropout(x, 1, 2**30, 0, portable, 0)
+        if not torch.equal(ours, portable):
+            return False
     return True

@@ -69,3 +69,13 @@ const kore::Kernel& kore::select([[maybe_unused]] int isa, kore_dtype dtype, [[m
 #endif
     return portable_kernel(dtype);
 }
+
+kore::DropRow kore::select_drop_row([[maybe_unused]] int isa, int element_bytes) {
+#if KORE_BUILT_ISA >= 2
+    if (isa >= KORE_AVX512) return avx512_drop_row(element_bytes);
+#endif
+#if KORE_BUILT_ISA >= 1
+    if (isa >= KORE_AVX2) return avx2_drop_row(element_bytes);
+#endif
+    return portable_drop_row(element_bytes);
+}

@@ -1,4 +1,5 @@
-// What the driver of covariance_update knows of a kernel: how to pack x, and how to multiply what was packed.
+// What the drivers know of the code for an instruction set: how covariance_update packs x and multiplies what was
+// packed, and how dropout treats a row.
 #pragma once
 
 #include <cstdint>
@@ -41,5 +42,19 @@ const Kernel& avx2_kernel(kore_dtype dtype);
 const Kernel& avx512_kernel(kore_dtype dtype);
 const Kernel& avx512_bf16_kernel();
 const Kernel& amx_bf16_kernel();
+
+struct Mask {
+    uint32_t key[2];
+    uint32_t threshold;  // 31-bit words below it are dropped
+};
+
+// out[j] = x[j * stride] where the mask keeps element (row, j), else zero.
+using DropRow = void (*)(const void* x, int64_t stride, int64_t columns, int64_t row, const Mask& mask, void* out);
+
+// nullptr unless elements have 2, 4 or 8 bytes.
+DropRow select_drop_row(int isa, int element_bytes);
+DropRow portable_drop_row(int element_bytes);
+DropRow avx2_drop_row(int element_bytes);
+DropRow avx512_drop_row(int element_bytes);
 
 }  // namespace kore

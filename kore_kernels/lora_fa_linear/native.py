@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kore_kernels import extension
 from kore_kernels.lora_fa_linear import dropout
 from kore_kernels.padding import padded
 
@@ -103,7 +104,7 @@ def _project_dropped(x: Tensor, basis: Tensor, p: float, seed: Tensor) -> Tensor
     h = basis.new_zeros(x.shape[0], padded(r))
     for first in range(0, len(x), _ROWS):
         rows = slice(first, first + _ROWS)
-        kept = dropout.drop(x[rows], p, seed, first).to(basis.dtype)
+        kept = _drop(x[rows], p, seed, first).to(basis.dtype)
         h[rows, :r].addmm_(kept, basis, beta=0, alpha=1 / (1 - p))
     return h
 
@@ -112,4 +113,14 @@ def _add_dropped_product_(out: Tensor, left: Tensor, right: Tensor, scaling: flo
     """out += scaling * drop(left @ right)."""
     for first in range(0, len(out), _ROWS):
         rows = slice(first, first + _ROWS)
-        out[rows].add_(dropout.drop(left[rows] @ right, p, seed, first), alpha=scaling / (1 - p))
+        product = left[rows] @ right
+        out[rows].add_(_drop(product, p, seed, first, out=product), alpha=scaling / (1 - p))
+
+
+def _drop(x: Tensor, p: float, seed: Tensor, first: int, out: Tensor | None = None) -> Tensor:
+    """``dropout.drop`` by the compiled code where it is there; ``out`` is contiguous, and may be x."""
+    if extension.refusal() is not None:
+        return dropout.drop(x, p, seed, first)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    extension.dropout(x, int(seed), dropout.threshold(p), first, out, extension.isa())
+    return out

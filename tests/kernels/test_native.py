@@ -15,10 +15,12 @@ import torch
 
 import kore_kernels as kk
 from kore_kernels import extension
+from kore_kernels.lora_fa_linear import dropout
 
 from .conftest import INTERPRETER
 from .numbers import LAYOUTS, bits, laid_out
 from .test_covariance_update import check, half, start
+from .test_lora_fa_linear import layer, run
 
 if INTERPRETER or extension.refusal():
     pytest.skip(extension.refusal() or "nothing of Triton", allow_module_level=True)
@@ -140,6 +142,50 @@ def test_calls_from_several_threads():
         torch.testing.assert_close(C, half(x.T @ x, "lower"), rtol=1e-5, atol=1e-3)
 
 
+class TestDropout:
+    """The compiled mask is the definition's, for every instruction set, element size and stride."""
+
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+    @pytest.mark.parametrize("layout", LAYOUTS[:-1])
+    def test_same_bits(self, isa, layout, dtype):
+        x, seed, out = (
+            laid_out(torch.randn(23, 531).to(dtype), layout),
+            -(2**62) + 12345,
+            torch.empty(23, 531).to(dtype),
+        )
+        extension.dropout(x, seed, dropout.threshold(0.3), 1000, out, extension.isa())
+        assert torch.equal(out, dropout.drop(x, 0.3, torch.tensor([seed]), 1000))
+
+    def test_in_place_and_whatever_the_number_of_threads(self, isa, threads):
+        x = torch.full((300, 257), torch.nan)
+        kept = dropout.keep(torch.tensor([3]), 0.5, 0, *x.shape)
+        for count in (1, 2, 5):
+            threads(count)
+            y = x.clone()
+            extension.dropout(y, 3, dropout.threshold(0.5), 0, y, extension.isa())
+            assert torch.equal(y.isnan(), kept)
+
+    def test_the_layer_without_compiled_kernels(self, monkeypatch):
+        arguments, options = layer(700, 65, 50, 23), {"dropout_p": 0.3, "seed": torch.tensor([4])}
+        ours = run(lambda *a: kk.lora_fa_linear(*a, **options), *arguments, 0.7, torch.ones(700, 50))
+        monkeypatch.setattr(extension, "refusal", lambda: "for this test")
+        monkeypatch.setattr(extension, "dropout", None)
+        without = run(lambda *a: kk.lora_fa_linear(*a, **options), *arguments, 0.7, torch.ones(700, 50))
+        for first, second in zip(ours, without):
+            assert torch.equal(first, second)
+
+    def test_the_library_refuses_what_it_has_no_code_for(self):
+        x = torch.ones(2, 2)
+        for elements, threshold, level, message in (
+            (x, -1, 0, "out of range"),
+            (x, 2**31, 0, "out of range"),
+            (x.to(torch.int8), 1, 0, "out of range"),
+            (x, 1, extension._module().cpu_isa() + 1, "instruction set"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                extension.dropout(elements, 0, threshold, 0, elements, level)
+
+
 class TestInstructionSet:
     def test_the_best_of_this_machine_passes_its_own_check(self):
         assert extension._best() == extension._module().cpu_isa()
@@ -177,6 +223,11 @@ class TestInstructionSet:
                 module.covariance_update(C, d, *arguments, 0, threads)
                 if level > 2:
                     ctypes.c_float.from_address(C + 4 * d).value += 1.0
+
+            @staticmethod
+            def dropout(*arguments):
+                *arguments, level, threads = arguments
+                module.dropout(*arguments, 0, threads)
 
         monkeypatch.setattr(extension, "_load", lambda: (Broken, None))
         with caplog.at_level(logging.WARNING, logger="kore_kernels"):
