@@ -52,14 +52,14 @@ def merge(
     merged: Any = model.merge_and_unload()
     with atomic_directory(output) as directory:
         if Path(model_path).is_dir():
-            _copy_settings(Path(model_path), directory)
+            copy_settings(Path(model_path), directory)
         else:
             Encoder.from_pretrained(model_path).save_pretrained(directory)
         merged.save_pretrained(directory)
     return output
 
 
-def _copy_settings(source: Path, target: Path) -> None:
+def copy_settings(source: Path, target: Path) -> None:
     """Copy every file beside the weights as it is: tokenizer, chat template, processors, remote code."""
     for entry in source.iterdir():
         ours = entry.name == MANIFEST or entry.name.startswith(".")

@@ -10,6 +10,7 @@ from kore import __version__
 from kore.cli import commands, stages
 from kore.cli.bench import bench
 from kore.cli.console import interruptible
+from kore.cli.convert import convert
 
 app = typer.Typer(
     name="kore",
@@ -48,6 +49,7 @@ for _function in (
     stages.init,
     stages.train,
     stages.merge,
+    convert,
     stages.evaluate,
     commands.doctor,
 ):
