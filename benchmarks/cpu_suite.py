@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import kore_kernels as kk
 from benchmarks import bench_capture, peak_memory
 from kore.bench import covariance, peers
-from kore.bench.covariance import InaccurateError, allowed_error
+from kore.bench.check import InaccurateError, allowed_error
 from kore.bench.machine import describe, measure_roofline
 from kore.bench.show import write_json
 from kore.bench.timing import Clock, Step, in_turn, ratio

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kore_kernels as kk
 from kore.bench import covariance, peers
+from kore.bench.check import allowed_error
 from kore.bench.machine import measure_roofline, name_of, settings
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _compare(check: Check, device: torch.device) -> dict[str, Any]:
     error, plain_error = (
         float(torch.where(written, found.double() - exact, 0.0).norm() / size) for found in (C, plain)
     )
-    allowed = covariance.allowed_error(plain_error, check.n)
+    allowed = allowed_error(plain_error, check.n)
     faults = []
     if not error <= allowed:
         faults.append(f"relative error {error:.2e}, allowed are {allowed:.2e}")

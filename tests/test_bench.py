@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from kore.bench import capture, covariance, machine, official, peers, show
-from kore.bench.covariance import InaccurateError, Plan
+from kore.bench.check import InaccurateError
+from kore.bench.covariance import Plan
 from kore.bench.llava import TINY, random_batches, random_llava
 from kore.bench.machine import Roofline
 from kore.bench.timing import Clock, in_turn, ratio
@@ -121,7 +122,7 @@ def test_a_peer_that_refuses_is_named_and_one_that_is_wrong_stops_the_run():
     assert case["refused"] == {away.name: "TypeError: not on this architecture"}
     assert list(case["contenders"]) == [peers.OURS, peers.ADDMM] and case["rounds"] == 3
     wrong = dataclasses.replace(running[2], prepare=lambda C, x: lambda: C.add_(2 * x.T @ x))
-    with pytest.raises(InaccurateError, match="computes something else"):
+    with pytest.raises(InaccurateError, match=r"relative error 1\.00e\+00, allowed are 2\.00e-02"):
         covariance.measure(20, 8, torch.float32, Clock(CPU), [*running[:2], wrong], rounds=3)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kore
-from kore.bench.covariance import InaccurateError
+from kore.bench.check import InaccurateError
 from kore.bench.machine import name_of
 from kore.bench.official import SAMPLES, official_hooks
 from kore.bench.timing import Clock, Step, in_turn, ratio

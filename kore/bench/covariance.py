@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kore.bench.machine import DTYPES, Roofline, backend_of, describe, measure_roofline, name_of
+from kore.bench.check import PEER_TOLERANCE, allowed_error, check
+from kore.bench.machine import DTYPES, Roofline, made_with, measure_roofline, name_of
 from kore.bench.peers import ADDMM, OURS, Peer, select
-from kore.bench.timing import Clock, Step, in_turn, ratio
-from kore.environment import environment
+from kore.bench.timing import Clock, Step, in_turn, ratio, summary
 
-SCHEMA = 1
 _COLUMNS = 256
-_PEER_TOLERANCE = 2e-2
-
-
-class InaccurateError(RuntimeError):
-    """A contender does not compute what it is timed for."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +60,7 @@ def run(plan: Plan, device: torch.device, say: Callable[[dict[str, Any]], None] 
                 say(cases[-1])
     roofline = roofline.best(measure_roofline(clock, plan.dtypes, plan.quick))
     return {
-        "schema": SCHEMA,
-        "environment": environment(),
-        "machine": describe(device),
-        "backend": backend_of("covariance_update", device),
+        **made_with("covariance_update", device),
         "roofline": roofline.as_dict(),
         "cases": [against(case, roofline) for case in cases],
         "left_out": left_out,
@@ -111,8 +101,7 @@ def measure(
         "rounds": len(times[OURS]),
         "contenders": {
             name: {
-                "median_ms": statistics.median(values),
-                "range_ms": [min(values), max(values)],
+                **summary(values),
                 "ours_is_faster": ratio(values, times[OURS]),
                 "relative_error": errors[name],
                 "launch_bound": launch_bound[name],
@@ -149,17 +138,9 @@ def _checked(C: Tensor, x: Tensor, peers: Sequence[Peer]) -> tuple[dict[str, Ste
             refused[peer.name] = f"{type(refusal).__name__}: {refusal}".splitlines()[0]
     where = f"d={C.shape[0]}, N={x.shape[0]}, {name_of(x.dtype)}"
     limit = allowed_error(errors[ADDMM], x.shape[0])
-    if not errors[OURS] <= limit:
-        raise InaccurateError(f"{OURS} at {where}: relative error {errors[OURS]:.2e}, allowed are {limit:.2e}")
     for name, error in errors.items():
-        if not error <= _PEER_TOLERANCE:
-            raise InaccurateError(f"{name} at {where}: relative error {error:.2e}, it computes something else")
+        check(name, where, error, limit if name == OURS else PEER_TOLERANCE)
     return steps, errors, refused
-
-
-def allowed_error(plain: float, n: int) -> float:
-    """Twice the error of the plain float32 product, and a floor that grows with the number of rows."""
-    return 2 * plain + 2.0**-24 * max(n, 1) ** 0.5
 
 
 def relative_error(C: Tensor, x: Tensor, peer: Peer, step: Step) -> float:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from kore.bench.timing import Clock
+from kore.environment import environment
 from kore.errors import KoreError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCHEMA = 1
 _TRIES = 7
 
 
@@ -49,6 +51,16 @@ def describe(device: torch.device) -> dict[str, Any]:
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
+    }
+
+
+def made_with(operation: str, device: torch.device) -> dict[str, Any]:
+    """What a stored result says of the run that made it; ``operation`` is the one whose backend it names."""
+    return {
+        "schema": SCHEMA,
+        "environment": environment(),
+        "machine": describe(device),
+        "backend": backend_of(operation, device),
     }
 
 

@@ -1,9 +1,10 @@
 """What the official KORE code does at every linear layer of the language model, in our words, to be measured against.
 
-A forward hook on each linear (no layer shares its sum with another) takes the input x (tokens, d) of one sample,
-divides it by |max x|, looks for NaN and for infinity in it, multiplies the full matrix xᵀx, looks for NaN and for
-infinity in that, and adds 1/256 of it to the layer's sum. Each look makes the host wait for the device. Padding is
-not left out, so samples come one at a time. Source: KORE-LMM/KORE, which has it from CorDA.
+In training :func:`official_linear`. In its capture a forward hook on each linear (no layer shares its sum with another)
+takes the input x (tokens, d) of one sample, divides it by |max x|, looks for NaN and for infinity in it, multiplies the
+full matrix xᵀx, looks for NaN and for infinity in that, and adds 1/256 of it to the layer's sum. Each look makes the
+host wait for the device. Padding is not left out, so samples come one at a time. Source: KORE-LMM/KORE, which has it
+from CorDA.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kore.models import language_model_linears, named_linears
+from kore.official.linear import CovSVDLinear, plain_forward
 
 SAMPLES = 256
 
@@ -64,3 +66,20 @@ def official_hooks(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Plain(CovSVDLinear):
+    def forward(self, input: Tensor) -> Tensor:
+        return plain_forward(self, input)
+
+
+def official_linear(residual: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> CovSVDLinear:
+    """The official layer over given tensors, not copied, with its own forward pass; only B is trained."""
+    with torch.device("meta"):
+        layer = _Plain(A.shape[1], B.shape[0], A.shape[0], bias=bias is not None)
+    layer.weight_residual = nn.Parameter(residual, requires_grad=False)
+    layer.BLinear.weight = nn.Parameter(A, requires_grad=False)
+    layer.ALinear.weight = nn.Parameter(B)
+    if bias is not None:
+        layer.ALinear.bias = nn.Parameter(bias, requires_grad=False)
+    return layer

@@ -1,11 +1,11 @@
-"""The table, the picture and the file of a ``kore bench covariance`` run."""
+"""The table, the picture and the file of a ``kore bench covariance`` run, and what other runs share of them."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-_INK, _GRID = "#22272d", "#e6e9e5"
+INK, GRID = "#22272d", "#e6e9e5"
 
 
 def table(result: Mapping[str, Any]) -> Table:
@@ -41,14 +41,20 @@ def table(result: Mapping[str, Any]) -> Table:
     return shown
 
 
-def notes(result: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table has to know."""
-    roofline, machine = result["roofline"], result["machine"]
-    rates = ", ".join(f"{name} {_rate(rate)}" for name, rate in roofline["flops_per_second"].items())
+def headline(result: Mapping[str, Any]) -> str:
+    """Where and with what a result was measured."""
+    machine = result["machine"]
     threads = f", {machine['threads']} threads" if "threads" in machine else ""
     where = result["environment"]["processor"] if machine["device"] == "cpu" else machine["device"]
+    return f"{where}{threads}, backend {result['backend']}, commit {result['environment']['commit']}"
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table has to know."""
+    roofline = result["roofline"]
+    rates = ", ".join(f"{name} {_rate(rate)}" for name, rate in roofline["flops_per_second"].items())
     lines = [
-        f"{where}{threads}, backend {result['backend']}, commit {result['environment']['commit']}",
+        headline(result),
         f"measured: products {rates}; copy {roofline['bytes_per_second'] / 1e9:.1f} GB/s",
         "× ours: how many times as long as ours, the median and range of interleaved rounds with cold caches. error: "
         "against float64, checked before timing. roof: share of the roofline, which compute (c) or memory (m) sets.",
@@ -77,12 +83,12 @@ def figure(result: Mapping[str, Any]) -> Figure:
         for ax, d in zip(row, dims):
             cases = [case for case in result["cases"] if case["dtype"] == dtype and case["d"] == d]
             _panel(ax, sorted(cases, key=lambda case: case["n"]), drawn)
-            ax.set_title(f"{dtype} x, d = {d}", fontsize=9, color=_INK)
-        row[0].set_ylabel("useful flop/s", fontsize=9, color=_INK)
+            ax.set_title(f"{dtype} x, d = {d}", fontsize=9, color=INK)
+        row[0].set_ylabel("useful flop/s", fontsize=9, color=INK)
     for ax in panels[-1]:
-        ax.set_xlabel("N, rows of x", fontsize=9, color=_INK)
+        ax.set_xlabel("N, rows of x", fontsize=9, color=INK)
     shown.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-    shown.suptitle(notes(result)[0], fontsize=9, color=_INK)
+    shown.suptitle(headline(result), fontsize=9, color=INK)
     return shown
 
 
@@ -100,7 +106,7 @@ def _panel(ax: Axes, cases: list[Mapping[str, Any]], drawn: dict[str, Any]) -> N
     n = [case["n"] for case in cases]
     work = [case["n"] * case["d"] * (case["d"] + 1) for case in cases]
     roof = [flops / (1e-3 * case["floor_ms"]) for flops, case in zip(work, cases)]
-    (drawn["measured roofline"],) = ax.loglog(n, roof, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    (drawn["measured roofline"],) = ax.loglog(n, roof, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     for name in cases[0]["contenders"]:
         points = [
             (case["n"], flops / (1e-3 * case["contenders"][name]["median_ms"]))
@@ -110,16 +116,22 @@ def _panel(ax: Axes, cases: list[Mapping[str, Any]], drawn: dict[str, Any]) -> N
         style = {"linewidth": 2.2, "markersize": 6, "zorder": 3} if name == OURS else {"linewidth": 1, "markersize": 3}
         (line,) = ax.plot(*zip(*points), color=colours[name], marker="o", **style)
         drawn.setdefault(name, line)
-    ax.grid(True, which="major", color=_GRID, linewidth=0.8)
+    dress(ax, n)
+
+
+def dress(ax: Axes, ticks: Sequence[int]) -> None:
+    """A light grid, and the given ticks on the lower axis."""
+    ax.grid(True, which="major", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
-    ax.set_xticks(n, [str(value) for value in n])
+    ax.set_xticks(ticks, [str(value) for value in ticks])
     ax.minorticks_off()
-    ax.tick_params(labelsize=8, color=_GRID, labelcolor=_INK)
+    ax.tick_params(labelsize=8, color=GRID, labelcolor=INK)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
 
 
 def _milliseconds(value: float) -> str:
+    """Three digits, in ms or µs."""
     return f"{value:.3g} ms" if value >= 1 else f"{1e3 * value:.3g} µs"
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 Step = Callable[[], Any]
+Timed = TypeVar("Timed")
+Found = TypeVar("Found")
 
 _CPU_CACHE = 64 * 2**20
 _GPU_FILL = 2**30
+_MOST_FILLS = 16
 
 
 class Clock:
@@ -20,7 +24,8 @@ class Clock:
 
     On a GPU the time is that between two events on the stream. Before the first event a buffer much larger than the
     L2 cache is filled, which also gives the host time to enqueue the call: without that a short kernel would be timed
-    as its launch. :attr:`launch_bound` says whether the host was too slow for that in the last call.
+    as its launch. :attr:`launch_bound` says whether the host was too slow for that in the last call; the next one then
+    gets twice the time, up to 16 fills.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,29 +33,40 @@ class Clock:
         self.launch_bound = False
         size = _GPU_FILL if device.type == "cuda" else _CPU_CACHE
         self._buffer = torch.zeros(size // 4, dtype=torch.float32, device=device)
-        self._fill_seconds = 0.0
+        self._fills, self._fill_seconds = 1, 0.0
         if device.type == "cuda":
             self._buffer.fill_(1.0)
-            self._fill_seconds = 1e-3 * self._events(lambda: self._buffer.fill_(0.0))
+            self._fill_seconds = 1e-3 * self._events([lambda: self._buffer.fill_(0.0)])[0]
 
     def milliseconds(self, step: Step) -> float:
         """The time of one call."""
-        self._buffer.add_(1.0) if self.device.type == "cpu" else self._buffer.fill_(0.0)
-        if self.device.type == "cuda":
-            return self._events(step)
-        start = time.perf_counter()
-        step()
-        return 1e3 * (time.perf_counter() - start)
+        return self.laps(step)[0]
 
-    def _events(self, step: Step) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def laps(self, *steps: Step) -> list[float]:
+        """The milliseconds of calls that follow one another; caches are cold when the first begins."""
+        if self.device.type == "cuda":
+            for _ in range(self._fills):
+                self._buffer.fill_(0.0)
+            return self._events(steps)
+        self._buffer.add_(1.0)
+        marks = [time.perf_counter()]
+        for step in steps:
+            step()
+            marks.append(time.perf_counter())
+        return [1e3 * (end - begin) for begin, end in itertools.pairwise(marks)]
+
+    def _events(self, steps: Sequence[Step]) -> list[float]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
         started = time.perf_counter()
-        begin.record()
-        step()
-        end.record()
-        self.launch_bound = time.perf_counter() - started > self._fill_seconds
-        end.synchronize()
-        return float(begin.elapsed_time(end))
+        marks[0].record()
+        for step, mark in zip(steps, marks[1:]):
+            step()
+            mark.record()
+        self.launch_bound = time.perf_counter() - started > self._fills * self._fill_seconds
+        if self.launch_bound:
+            self._fills = min(2 * self._fills, _MOST_FILLS)
+        marks[-1].synchronize()
+        return [float(begin.elapsed_time(end)) for begin, end in itertools.pairwise(marks)]
 
     def wall_seconds(self, step: Step) -> float:
         """The time of one long call by the host's clock, from an idle device to an idle device."""
@@ -67,18 +83,18 @@ def synchronize(device: torch.device) -> None:
 
 
 def in_turn(
-    steps: Mapping[str, Step],
-    measure: Callable[[Step], float],
+    steps: Mapping[str, Timed],
+    measure: Callable[[Timed], Found],
     rounds: int,
     warm_up: int = 1,
     seconds: float = float("inf"),
     least_rounds: int = 3,
-) -> dict[str, list[float]]:
-    """The times of ``rounds`` rounds in which every step runs once; each round starts with another step.
+) -> dict[str, list[Found]]:
+    """What ``measure`` says in ``rounds`` rounds in which every step runs once; each round starts with another step.
 
     After ``least_rounds`` no round is begun that would end later than ``seconds`` after the start.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[Found]] = {name: [] for name in steps}
     names, start = list(steps), time.perf_counter()
     for _ in range(warm_up):
         for name in names:
@@ -96,3 +112,8 @@ def ratio(peer: list[float], ours: list[float]) -> dict[str, float]:
     """peer / ours, round by round: the median, the smallest and the largest."""
     ratios = [theirs / mine for theirs, mine in zip(peer, ours)]
     return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """The median and the range of times in milliseconds."""
+    return {"median_ms": statistics.median(values), "range_ms": [min(values), max(values)]}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kore.cli import console
+
+if TYPE_CHECKING:
+    import torch
 
 bench = typer.Typer(
     help="Measure the kernels on this machine, beside what they replace.\n\nExample: `kore bench covariance --quick`",
@@ -16,19 +22,28 @@ bench = typer.Typer(
 )
 
 
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Picture = Annotated[Path | None, typer.Option("--output", "-o", help="Write the picture to this PNG file.")]
+Numbers = Annotated[Path | None, typer.Option("--json", help="Write every number to this JSON file.")]
+Backend = Annotated[str | None, typer.Option(help="auto, native, triton or reference.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Times each contender runs in a case.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds: a few seconds.")]
+
+
 def covariance(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of x, separated by commas: float32, bfloat16, float16.")] = (
         "float32,bfloat16"
     ),
     d: Annotated[str | None, typer.Option("--d", help="Values of d, separated by commas.")] = None,
     n: Annotated[str | None, typer.Option("--n", help="Values of N, the rows of x, separated by commas.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the picture to this PNG file.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write every number to this JSON file.")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto, native, triton or reference.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Times each contender runs in a case.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds: a few seconds.")] = False,
+    output: Picture = None,
+    json: Numbers = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    rounds: Rounds = None,
+    quick: Quick = False,
 ) -> None:
     """Time `covariance_update_` beside its peers, against the roofline measured on this machine.
 
@@ -36,38 +51,119 @@ def covariance(
 
     Example: `kore bench covariance --d 1024,4096 --n 600,2048 -o covariance.png`
     """
-    from tqdm import tqdm
-
     from kore.bench import show
     from kore.bench.covariance import Plan, run
-    from kore.bench.machine import DTYPES, resolve_device, settings
+    from kore.bench.machine import resolve_device
 
     place = resolve_device(device)
     large = place.type == "cuda" and not quick
     plan = Plan(
         dims=_numbers("--d", d) or ((1024, 4096, 11008) if large else (128, 256) if quick else (1024, 4096)),
         tokens=_numbers("--n", n) or ((64, 600, 2048, 8192) if large else (32, 256) if quick else (64, 600, 2048)),
-        dtypes=[DTYPES[_one_of("--dtype", name.strip(), tuple(DTYPES))] for name in dtype.split(",")],
+        dtypes=_dtypes(dtype),
         rounds=rounds or (3 if quick else 9),
         quick=quick,
     )
+    total = len(plan.dims) * len(plan.tokens) * len(plan.dtypes)
+    result = _measured(lambda say: run(plan, place, say), total, place, backend, threads, (output, json))
+    _present(result, show, output, json)
+
+
+def lora(
+    device: Device = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16, separated by commas. CPU: float32, GPU: bfloat16.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="d_in:d_out, separated by commas; layers that read one input as d_in:d_out+d_out."),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, separated by commas.")] = None,
+    ranks: Annotated[str | None, typer.Option(help="Ranks of the update, separated by commas.")] = None,
+    output: Picture = None,
+    json: Numbers = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    rounds: Rounds = None,
+    quick: Quick = False,
+) -> None:
+    """Time frozen-A LoRA layers beside their peers: forward, backward, what is kept, and the flop floor.
+
+    Every contender is checked against float64 before it is timed; contenders take turns.
+
+    Example: `kore bench lora --layers 4096:4096,4096:11008+11008 --tokens 2048 --ranks 64,235 -o lora.png`
+    """
+    from kore.bench import show_lora
+    from kore.bench.lora import Plan, run
+    from kore.bench.machine import resolve_device
+
+    place = resolve_device(device)
+    large = place.type == "cuda" and not quick
+    small = "96:64,96:64+64" if quick else "2048:2048,2048:5504"
+    plan = Plan(
+        shapes=_shapes(layers or ("4096:4096,4096:11008,11008:4096" if large else small)),
+        tokens=_numbers("--tokens", tokens) or ((4096, 8192, 16384) if large else (64,) if quick else (1024,)),
+        ranks=_numbers("--ranks", ranks) or ((64, 128, 235, 240, 256, 274) if large else (10,) if quick else (235,)),
+        dtypes=_dtypes(dtype or ("bfloat16" if place.type == "cuda" else "float32")),
+        rounds=rounds or (3 if quick else 9),
+    )
+    total = len(plan.cases())
+    result = _measured(lambda say: run(plan, place, say), total, place, backend, threads, (output, json))
+    _present(result, show_lora, output, json)
+
+
+def _measured(
+    run: Callable[[Callable[[Any], None]], dict[str, Any]],
+    total: int,
+    place: torch.device,
+    backend: str | None,
+    threads: int | None,
+    targets: tuple[Path | None, ...],
+) -> dict[str, Any]:
+    """The result of ``run``, with a bar that counts its cases. Files can be written afterwards: their folders exist."""
+    from tqdm import tqdm
+
+    from kore.bench.machine import settings
+
     if backend is not None:
         _one_of("--backend", backend, ("auto", "native", "triton", "reference"))
-    for target in (output, json):
+    for target in targets:
         if target is not None:
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    total = len(plan.dims) * len(plan.tokens) * len(plan.dtypes)
     with settings(place, backend, threads), tqdm(total=total, unit="case", disable=not console.interactive()) as bar:
-        result = run(plan, place, lambda case: bar.update())
-    console.show(show.table(result))
-    for line in show.notes(result):
+        return run(lambda case: bar.update())
+
+
+def _present(result: dict[str, Any], how: ModuleType, output: Path | None, json: Path | None) -> None:
+    from kore.bench.show import write_json
+
+    console.show(how.table(result))
+    for line in how.notes(result):
         console.say(line)
     if output is not None:
-        show.figure(result).savefig(output, format="png", dpi=150)
+        how.figure(result).savefig(output, format="png", dpi=150)
         console.say(f"picture: {output}")
     if json is not None:
-        show.write_json(json, result)
+        write_json(json, result)
         console.say(f"numbers: {json}")
+
+
+def _dtypes(text: str) -> list[torch.dtype]:
+    from kore.bench.machine import DTYPES
+
+    return [DTYPES[_one_of("--dtype", name.strip(), tuple(DTYPES))] for name in text.split(",")]
+
+
+def _shapes(text: str) -> list[tuple[int, tuple[int, ...]]]:
+    from kore.errors import KoreError
+
+    shapes = []
+    for word in text.split(","):
+        match = re.fullmatch(r"\s*([1-9]\d*):([1-9]\d*(?:\+[1-9]\d*)*)\s*", word)
+        if match is None:
+            raise KoreError(f"--layers: expected d_in:d_out or d_in:d_out+d_out, separated by commas, got {text!r}")
+        shapes.append((int(match[1]), tuple(int(size) for size in match[2].split("+"))))
+    return shapes
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...]:
@@ -90,3 +186,4 @@ def _one_of(option: str, word: str, allowed: tuple[str, ...]) -> str:
 
 
 bench.command("covariance")(console.interruptible(covariance))
+bench.command("lora")(console.interruptible(lora))
