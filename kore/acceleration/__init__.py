@@ -16,6 +16,8 @@ _PUBLIC = {
     "decelerate": "kore.acceleration.run",
     "Fused": "kore.acceleration.fused",
     "Kind": "kore.acceleration.fused",
+    "MergedError": "kore.acceleration.merged",
+    "merged_error": "kore.acceleration.merged",
     "FusedLinear": "kore.acceleration.linear",
 }
 

@@ -32,7 +32,7 @@ class Kind:
     """
 
     matches: Callable[[nn.Module], bool]
-    fused: Callable[[type[nn.Module]], type[Fused]]
+    fused: Callable[..., type]
     refusal: Callable[[Any], str | None]
     modes: tuple[str, ...] = ("exact",)
 

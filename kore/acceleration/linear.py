@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
-from torch import nn
+from torch import Tensor, nn
 
 import kore_kernels as kk
 from kore.acceleration.fused import Fused, Kind
+from kore.acceleration.hooks import hooked
+
+if TYPE_CHECKING:
+    from kore.acceleration.groups import Group
 
 
 class FusedLinear(Fused, Linear):
-    """A PEFT LoRA layer that computes y = xWᵀ + b + s (xAᵀ)Bᵀ with :func:`kore_kernels.lora_fa_linear`.
+    """A PEFT LoRA layer that computes y = xWᵀ + b + s (drop(x)Aᵀ)Bᵀ with :func:`kore_kernels.lora_fa_linear`.
 
     Parameters, state dict and settings are the PEFT layer's own. A call that the fused operation does not cover (see
     :func:`refusal`; also adapters switched off, merged, mixed in one batch, hooks on the parts of the layer, weights
@@ -23,20 +26,63 @@ class FusedLinear(Fused, Linear):
 
     plain = Linear
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or self.disable_adapters or self.merged or refusal(self) or not _covers(self, x):
+    _fused_group: Group | None = None
+    _fused_merged = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not covers(self, x):
             return super().forward(x, *args, **kwargs)
-        adapter = self.active_adapters[0]
-        base: Any = self.base_layer
-        A: Any = self.lora_A[adapter]
-        B: Any = self.lora_B[adapter]
-        return kk.lora_fa_linear(x, base.weight, base.bias, A.weight.detach(), B.weight, self.scaling[adapter])
+        if not torch.compiler.is_compiling() and self._fused_group is not None:
+            y = self._fused_group.output(self, x)
+            if y is not None:
+                return y
+        W, b, A, B, scaling = parts(self)
+        merged = self._fused_merged and W.dtype == _computing_dtype(x)
+        return kk.lora_fa_linear(x, W, b, A, B, scaling, dropout_p=dropout_p(self), merged=merged)
+
+    def _apply(self, fn, recurse=True):
+        if self._fused_group is not None:
+            self._fused_group.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._fused_group is not None:
+            self._fused_group.forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
-def refusal(layer: LoraLayer) -> str | None:
+class Parts(NamedTuple):
+    """What a layer computes with: W, b, A and B of its active adapter, and s."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+def parts(layer: Any) -> Parts:
+    base, adapter = layer.base_layer, layer.active_adapters[0]
+    return Parts(
+        base.weight, base.bias, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+    )
+
+
+def dropout_p(layer: Any) -> float:
+    """The dropout that the layer's next call takes."""
+    dropout = layer.lora_dropout[layer.active_adapters[0]]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def refusal(layer: Any) -> str | None:
     """Why a LoRA layer in its present state cannot run fused, or None."""
     if type(layer.base_layer) is not nn.Linear:
         return f"its base layer is a {type(layer.base_layer).__name__}"
+    return adapter_refusal(layer)
+
+
+def adapter_refusal(layer: Any) -> str | None:
+    """Why a LoRA layer, whatever its base, in its present state cannot run fused, or None."""
     if len(layer.active_adapters) != 1:
         return f"{len(layer.active_adapters)} active adapters"
     (adapter,) = layer.active_adapters
@@ -44,24 +90,33 @@ def refusal(layer: LoraLayer) -> str | None:
         return "the active adapter does not change it"
     if getattr(layer, "use_dora", {}).get(adapter) or adapter in getattr(layer, "lora_variant", {}):
         return "DoRA or another variant of LoRA"
-    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    A, B, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
     if A.weight.requires_grad:
         return "A is trained; kore.freeze_a(model) freezes it"
     if layer.base_layer.weight.requires_grad:
         return "its base weight is trained"
     if A.bias is not None or B.bias is not None:
         return "the adapter has a bias"
-    dropout = layer.lora_dropout[adapter]
-    if isinstance(dropout, nn.Dropout) and dropout.p > 0 and layer.training:
-        return "dropout on the adapter's input"
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"its dropout is a {type(dropout).__name__}"
+    if isinstance(dropout, nn.Dropout) and dropout.p == 1:
+        return "its dropout drops everything"
+    if any("forward" in vars(part) for part in (layer, layer.base_layer, A, B)):
+        return "its forward pass was replaced on the layer itself, for example by a hook of accelerate"
     return None
 
 
-def _covers(layer: FusedLinear, x: torch.Tensor) -> bool:
-    """Whether all parts of the layer are at hand: plain weights beside x, in dtypes that go together, without hooks."""
+def covers(layer: Any, x: Tensor) -> bool:
+    """Whether the layer can take ``x`` fused, as it is now.
+
+    Its adapter is in use and not merged, and all its parts are at hand: plain weights beside x, in dtypes that go
+    together, without hooks.
+    """
+    if layer.disable_adapters or layer.merged or refusal(layer):
+        return False
     adapter = layer.active_adapters[0]
     base, A, B = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in (base, A, B)):
+    if hooked(base, A, B, layer.lora_dropout[adapter]):
         return False
     W, a, b = base.weight, A.weight, B.weight
     if any(part.weight.shape != (part.out_features, part.in_features) for part in (base, A, B)):
@@ -75,4 +130,10 @@ def _covers(layer: FusedLinear, x: torch.Tensor) -> bool:
     return x.dtype == W.dtype and (a.dtype == x.dtype or (a.dtype == torch.float32 and x.dtype.itemsize == 2))
 
 
-KIND = Kind.of(FusedLinear, refusal)
+def _computing_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer takes ``x``: under autocast the weight is rounded to it first."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+KIND = Kind.of(FusedLinear, refusal, modes=("exact", "merged"))
