@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 import kore_kernels as kk
+from kore.acceleration.hooks import partitioned
 
 if TYPE_CHECKING:
     from kore.acceleration.linear import FusedLinear
@@ -127,6 +128,9 @@ class Group:
         index = next((i for i, member in enumerate(self.members) if member is layer), None)
         # Inference tensors do not count the writes to them, subclasses may be anything.
         if index is None or type(x) not in (Tensor, nn.Parameter) or x.is_inference():
+            return None
+        # DeepSpeed gathers the parameters of one layer at a time, and gives each layer another tensor for its input.
+        if partitioned(parts(layer).A):
             return None
         held, self._held = self._held, None
         if held is not None:
