@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
@@ -76,10 +77,12 @@ def find_groups(layers: Sequence[FusedLinear]) -> list[list[FusedLinear]]:
 class Group:
     """Sibling layers with one input and one row space of A, computed together by :func:`kore_kernels.lora_fa_linears`.
 
-    The member that is called first computes all outputs. The others take theirs when they are called with the very
-    same input under the same circumstances; each output is handed out once, and none is kept longer than the input
-    lives. U of the operation is A_1ᵀ, the parameter itself; only the R_i are computed and kept, and computed again
-    when an A was replaced or written. (A write through ``A.data`` leaves no trace; call ``accelerate`` again.)
+    One member leads: the first that was ever called. Its call computes all outputs. The others take theirs when they
+    are called with the very same input under the same circumstances, and run singly otherwise; each output is handed
+    out once, and none is kept longer than the input lives or past a backward pass.
+
+    U of the operation is A_1ᵀ, the parameter itself; only the R_i are computed and kept, and computed again when an A
+    was replaced or written. (A write through ``A.data`` leaves no trace; call ``accelerate`` again.)
 
     That the members do read one input is seen when they run. A pass in which one reads another gives right results
     and wasted work; a group that wastes more often than it helps is dissolved. That waits until no pass is left whose
@@ -100,6 +103,7 @@ class Group:
         self._bases: dict[str, _Basis] = {}
         self._held: _Held | None = None
         self._trained: _Seen | None = None
+        self._leader: int | None = None
         self._used = self._unused = self._renewed = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,6 +146,8 @@ class Group:
                     self._used += 1
                 return y
             self._unused += 1
+        if self._leader not in (None, index):
+            return None
         every = [parts(member) for member in self.members]
         Bs = [part.B for part in every]
         if self._unused > self._used + 1 and not (self._trained and self._trained.unchanged(Bs)):
@@ -165,6 +171,7 @@ class Group:
         )
         outputs = dict(enumerate(ys))
         y = outputs.pop(index)
+        self._leader = index
         self._held = _Held(x, every, outputs)
         return y
 
@@ -215,8 +222,11 @@ class _Held:
 
     def __init__(self, x: Tensor, every: Sequence[Any], outputs: dict[int, Tensor]) -> None:
         self.outputs = outputs
-        # The outputs go with x: no list here holds it, and the callback holds nothing but the outputs.
+        # The outputs go with x, which is not held here, or when a backward pass uses up what they were saved with.
         self._x = weakref.ref(x, lambda _: outputs.clear())
+        node = next(iter(outputs.values())).grad_fn
+        if node is not None:
+            node.register_prehook(functools.partial(_drop, weakref.ref(self)))
         self._x_state = _state(x)
         self._circumstances = _circumstances(x)
         self._parts = {i: (every[i].scaling, _Seen.of(_tensors(every[i]))) for i in outputs}
@@ -229,6 +239,12 @@ class _Held:
         if self._circumstances != _circumstances(x) or scaling != parts.scaling:
             return None
         return self.outputs.pop(index) if seen.unchanged(_tensors(parts)) else None
+
+
+def _drop(held: weakref.ref[_Held], _gradients: Any) -> None:
+    found = held()
+    if found is not None:
+        found.outputs.clear()
 
 
 def _tensors(parts: Any) -> list[Tensor]:
