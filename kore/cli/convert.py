@@ -34,9 +34,9 @@ def convert(
 
     What SOURCE is decides the direction. Only safetensors files are read and written, one layer at a time.
 
-    To an adapter: `kore convert runs/official/checkpoint -m models/llava -o runs/official/adapter`
+    Example: `kore convert runs/official/checkpoint -m models/llava -o runs/official/adapter`
 
-    To a checkpoint: `kore convert runs/a/train/adapter -m models/llava -o runs/a/official --like runs/official/init`
+    The other way: `kore convert runs/a/train/adapter -m models/llava -o runs/a/official --like runs/official/init`
     """
     from kore.errors import ConfigError
 
