@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kore.acceleration import linear, official
+from kore.acceleration import linear, official, quantized
 from kore.acceleration.fused import Kind
 
-KINDS: tuple[Kind, ...] = (linear.KIND, official.KIND)
+KINDS: tuple[Kind, ...] = (linear.KIND, official.KIND, quantized.KIND)
