@@ -1,4 +1,4 @@
-"""The kernels and the capture on the CPU beside what they replace, as ratios measured in one run.
+"""The kernels, the capture and training steps on the CPU beside what they replace, as ratios measured in one run.
 
     python -m benchmarks.cpu_suite [--output benchmarks/results/cpu.json] [--threads 2] [--rounds 15] [--only lora]
 
@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import kore_kernels as kk
 from benchmarks import bench_capture, peak_memory
-from kore.bench import covariance, peers
-from kore.bench.check import InaccurateError, allowed_error
+from kore.bench import covariance, lora_peers, peers, step, step_peers
+from kore.bench import lora as bench_lora
+from kore.bench.lora_layers import Case
 from kore.bench.machine import describe, measure_roofline
 from kore.bench.show import write_json
-from kore.bench.timing import Clock, Step, in_turn, ratio
+from kore.bench.timing import Clock
 from kore.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "cpu.json"
 CPU = torch.device("cpu")
+RANK = 235
+SHAPES = ((2048, (2048,)), (2048, (5504,)), (2048, (2048,) * 3), (2048, (5504,) * 2))
+LAYERS = [Case(d_in, d_out, 1024, RANK, torch.float32) for d_in, d_out in SHAPES]
+STACK = step_peers.LlamaShape(layers=2, width=1024, inner=2752, heads=16, vocabulary=2048)
 UPDATES = [(dtype, d, 2048) for dtype in (torch.float32, torch.bfloat16) for d in (1024, 4096)]
 
 
@@ -65,51 +68,37 @@ def capture(rounds: int) -> dict[str, Any]:
 
 
 def lora(rounds: int) -> dict[str, Any]:
-    """Forward and backward of a frozen-A LoRA linear in float32."""
-    cases = [_lora(d_in, d_out, 1024, 235, rounds) for d_in, d_out in ((2048, 2048), (2048, 5504))]
-    for case in cases:
-        print(f"{case['case']}: {case['speed_up']['median']:.2f} ×", flush=True)
-    return {"cases": cases}
+    """Frozen-A LoRA layers, forward and backward, with every peer that runs here."""
+    clock, cases, left_out = Clock(CPU), [], {}
+    for case in LAYERS:
+        running, reasons = lora_peers.select(case, CPU)
+        left_out.update(reasons)
+        cases.append(bench_lora.measure(case, clock, running, min(rounds, 9), seconds=25.0))
+        ratios = {name: f"{row['over_frozen']['median']:.3f}" for name, row in cases[-1]["contenders"].items()}
+        print(f"{case.shape}, floor {case.floor():.3f}, over frozen: {ratios}", flush=True)
+    return {"cases": cases, "left_out": left_out, "goals": [_lora_goals(case) for case in cases]}
 
 
-def _lora(d_in: int, d_out: int, tokens: int, rank: int, rounds: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    x = torch.randn(tokens, d_in, requires_grad=True)
-    weight, A = torch.randn(d_out, d_in) / d_in**0.5, torch.randn(rank, d_in) / d_in**0.5
-    B, g = torch.randn(d_out, rank, requires_grad=True), torch.randn(tokens, d_out)
-    h = x.detach().double() @ A.double().T
-    exact = x.detach().double() @ weight.double().T + h @ B.detach().double().T
-    exact_dx = g.double() @ weight.double() + g.double() @ B.detach().double() @ A.double()
-    exact_dB = g.double().T @ h
-
-    def run(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        x.grad = B.grad = None
-        y = forward()
-        y.backward(g)
-        return y
-
-    def error(step: Step) -> float:
-        found: Sequence[Any] = (step().detach(), x.grad, B.grad)
-        return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, (exact, exact_dx, exact_dB)))
-
-    ours, peer = "lora_fa_linear", "F.linear(x, W) + F.linear(F.linear(x, A), B)"
-    steps: dict[str, Step] = {
-        ours: lambda: run(lambda: kk.lora_fa_linear(x, weight, None, A, B)),
-        peer: lambda: run(lambda: F.linear(x, weight) + F.linear(F.linear(x, A), B)),
-    }
-    errors = {name: error(step) for name, step in steps.items()}
-    title = f"frozen-A LoRA, forward + backward, {d_in} → {d_out}, {tokens} tokens, rank {rank}"
-    if not errors[ours] <= allowed_error(errors[peer], max(d_in, d_out, tokens)):
-        raise InaccurateError(f"{title}: relative errors {errors}")
-    times = in_turn(steps, Clock(CPU).milliseconds, rounds)
+def _lora_goals(case: dict[str, Any]) -> dict[str, Any]:
+    """Six points above the flop floor at most, of the medians; and no slower than PEFT with A frozen."""
+    ours, peft = (case["contenders"][name] for name in (lora_peers.OURS, lora_peers.PEFT))
     return {
-        "case": title,
-        "peer": peer,
-        "median_ms": {name: statistics.median(values) for name, values in times.items()},
-        "speed_up": ratio(times[peer], times[ours]),
-        "relative_error": errors,
-        "rounds": rounds,
+        "layers": case["shape"],
+        "over_frozen": {"goal": ours["floor"] + 0.06, "found": ours["over_frozen"]["median"]},
+        "PEFT over ours": {"goal": 1.0, "found": peft["ours_is_faster"]["median"]},
     }
+
+
+def training_step(rounds: int) -> dict[str, Any]:
+    """A training step of a small decoder stack, adapted in different ways."""
+    base = step_peers.random_llama(STACK, CPU, torch.float32)
+    batch = step.text_batch(STACK.vocabulary, 1, 512, CPU)
+    found = step.measure(base, batch, Clock(CPU), RANK, 128, min(rounds, 9), seconds=30.0)
+    for name, row in found["contenders"].items():
+        print(
+            f"{name}: {row['tokens_per_second']:.0f} tokens/s, {row['over_frozen']['median']:.3f} of frozen", flush=True
+        )
+    return {**found, "layers": STACK.layers, "d": STACK.width, "f": STACK.inner}
 
 
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -117,6 +106,7 @@ PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "memory": memory,
     "capture": capture,
     "lora": lora,
+    "step": training_step,
 }
 
 

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from kore.bench.lora_peers import FROZEN, OURS
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PEERS = ("C.addmm_(x.T, x)", "SciPy ssyrk", "C += x.T @ x", "official hook", "PEFT CorDA hook")
@@ -58,13 +60,46 @@ def kernels() -> str:
         faster = f"{1 / share['of_medians']:.2f} × (best times: {1 / share['of_best']:.2f} ×)"
         lines.append(f"| {name}: time added to a forward pass of a small LLaVA | official hooks | {faster} |")
     for case in stored["lora"]["cases"]:
-        lines.append(f"| {case['case']} | `{case['peer']}` | {_ratio(case['speed_up'])} |")
+        if "peer" in case:
+            lines.append(f"| {case['case']} | `{case['peer']}` | {_ratio(case['speed_up'])} |")
     gpu = "" if (HERE / "results" / "gpu.json").exists() else " No GPU result exists yet."
     rounds, threads = updates["cases"][0]["rounds"], updates["machine"]["threads"]
     return "\n".join(lines) + (
         f"\n\nThe time of the other over ours: median (smallest–largest) of {rounds} rounds in turn, caches cold, "
         f"{threads} threads, {_where(updates['environment'])}. `addmm_` gets float32 x in every row, converted before "
         f"the clock starts; the LLaVA has 4 layers, d = 1024, f = 2752.{gpu} {_memory(stored['memory'])}"
+    )
+
+
+def lora() -> str:
+    """The frozen-A layers and training steps of `python -m benchmarks.cpu_suite`."""
+    stored = _load("cpu.json")
+    layers, steps = stored["lora"], stored["step"]
+    names = list(dict.fromkeys(name for case in layers["cases"] for name in case["contenders"] if name != FROZEN))
+    lines = [f"| layers | flop floor | {' | '.join(names)} |", "|---|--:|" + "--:|" * len(names)]
+    for case in layers["cases"]:
+        rows = case["contenders"]
+        cells = [f"{rows[name]['over_frozen']['median']:.3f}" if name in rows else "–" for name in names]
+        lines.append(f"| {case['shape']} | {rows[OURS]['floor']:.3f} | {' | '.join(cells)} |")
+    first = layers["cases"][0]
+    lines += [
+        "",
+        "Forward and backward over those of the frozen layers alone: medians of interleaved rounds, caches cold, "
+        f"{first['tokens']} tokens, r = {first['rank']}, {first['dtype']}, {layers['machine']['threads']} threads, "
+        f"{_where(layers['environment'])}. ×3 and ×2: so many layers that read one input.",
+        "",
+        "| training step | over frozen | tokens/s | kept for backward | trained parameters |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, row in steps["contenders"].items():
+        lines.append(
+            f"| {name} | {row['over_frozen']['median']:.2f} × | {row['tokens_per_second']:.0f} "
+            f"| {row['saved_bytes'] / 2**20:.1f} MiB | {row['trained_parameters'] / 1e6:.1f} M |"
+        )
+    return "\n".join(lines) + (
+        f"\n\nA step is forward, backward and AdamW; the frozen model stops at the gradient of its inputs. "
+        f"{steps['layers']} Llama layers, d = {steps['d']}, f = {steps['f']}, {steps['tokens']} tokens, "
+        f"r = {steps['rank']}, {steps['dtype']}, medians of interleaved rounds, {_where(steps['environment'])}."
     )
 
 
@@ -86,14 +121,17 @@ def _where(environment: dict[str, Any]) -> str:
     return f"{environment['processor']}, torch {environment['torch']}, commit {str(environment['commit'])[:7]}"
 
 
-TABLES = {"demo": demo, "kernels": kernels}
+TABLES = {"demo": demo, "kernels": kernels, "lora": lora}
 
 
 def rewritten(text: str) -> str:
     """``text`` with every table between its markers made anew."""
-    for name, table in TABLES.items():
+    for name in re.findall(r"<!-- table:(\w+) -->", text):
+        if name not in TABLES:
+            raise SystemExit(f"README.md: expected table:{', table:'.join(TABLES)}, got table:{name}")
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)"
-        text, count = re.subn(pattern, lambda match, t=table: f"{match[1]}{t()}\n{match[2]}", text, flags=re.DOTALL)
+        made = TABLES[name]()
+        text, count = re.subn(pattern, lambda match, t=made: f"{match[1]}{t}\n{match[2]}", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"README.md: expected one block between <!-- table:{name} --> and <!-- /table -->")
     return text

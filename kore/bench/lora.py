@@ -163,7 +163,7 @@ def _checked(
     contenders: dict[str, Contender] = {}
     errors: dict[str, dict[str, float]] = {}
     refused: dict[str, str] = {}
-    exact, frozen = layers.exact(), layers.exact(update=False)
+    frozen, exact = layers.exact()
     for peer in peers:
         try:
             contender = Contender(peer.build(layers), layers)

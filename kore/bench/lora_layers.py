@@ -77,21 +77,20 @@ class Layers:
             Rs=Rs,
         )
 
-    def exact(self, update: bool = True) -> list[Tensor]:
+    def exact(self) -> tuple[list[Tensor], list[Tensor]]:
         """Every y_i, then dx, then every dB_i, in float64, with A_i = R_i Uᵀ before it is rounded.
 
-        Without the update: what the frozen layers give.
+        First those of the frozen layers alone, which have no dB_i, then those with the update.
         """
         x, U = self.x.double(), self.U.double()
         h = x @ U
-        ys, dBs = [], []
-        dx = torch.zeros_like(x)
+        frozen, adapted, dBs = [], [], []
+        dx, update_dx = torch.zeros_like(x), torch.zeros_like(x)
         for tensors in zip(self.weights, self.Rs, self.Bs, self.gs):
             W, R, B, g = (tensor.double() for tensor in tensors)
-            ys.append(x @ W.T)
+            frozen.append(x @ W.T)
+            adapted.append(frozen[-1] + h @ R.T @ B.T)
             dx += g @ W
-            if update:
-                ys[-1] += h @ R.T @ B.T
-                dx += g @ B @ R @ U.T
-                dBs.append(g.T @ (h @ R.T))
-        return [*ys, dx, *dBs]
+            update_dx += g @ B @ R @ U.T
+            dBs.append(g.T @ (h @ R.T))
+        return [*frozen, dx], [*adapted, dx + update_dx, *dBs]

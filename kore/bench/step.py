@@ -100,6 +100,48 @@ def exact_results(trained: Trained, batch: Batch) -> Results:
     return results_of(twin, wider)
 
 
+def checked(
+    base: nn.Module,
+    batch: Batch,
+    rank: int,
+    lora_rank: int,
+    exact: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Step], dict[str, dict[str, float]], dict[str, str]]:
+    """The contenders by name, their errors, and why others cannot run. Arguments and errors as for :func:`measure`."""
+    steps: dict[str, Step] = {}
+    errors: dict[str, dict[str, float]] = {}
+    reason = no_liger(base)
+    refused = {LIGER: reason} if reason else {}
+    dtype, PEFT = next(base.parameters()).dtype, peft_name(rank)
+    expected: Results = {}
+    for name, build in builders(base, rank, lora_rank).items():
+        say(f"building and checking {name}")
+        try:
+            step = Step(build(), batch)
+            own = name in (FROZEN, PEFT, peft_name(lora_rank, trained=True))
+            if own and (exact or name == PEFT):
+                wanted = exact_results(step.trained, batch) if exact else step.results()
+                expected = wanted if name == PEFT else expected
+            else:
+                wanted = expected if not own else {}
+            found = step.results()
+            errors[name] = {part: difference(found[part], wanted[part].double()) for part in wanted}
+            steps[name] = step
+        except Exception as refusal:
+            if name in (FROZEN, PEFT, OURS):
+                raise
+            refused[name] = f"{type(refusal).__name__}: {refusal}".splitlines()[0]
+    tolerance = PEER_TOLERANCE if dtype.itemsize > 2 else _TWO_BYTE_TOLERANCE
+    tokens = batch["input_ids"].numel()
+    for name, error in errors.items():
+        for part, value in error.items():
+            strict = name == OURS and exact
+            limit = allowed_error(errors[PEFT][part], rank * tokens) if strict else tolerance
+            check(f"{name}, {part}", f"{tokens} tokens, r={rank}, {name_of(dtype)}", value, limit)
+    return steps, errors, refused
+
+
 def measure(
     base: nn.Module,
     batch: Batch,
@@ -128,50 +170,22 @@ def measure(
     Raises:
         InaccurateError: A contender computes something else; nothing was timed.
     """
-    steps: dict[str, Step] = {}
-    errors: dict[str, dict[str, float]] = {}
-    reason = no_liger(base)
-    refused = {LIGER: reason} if reason else {}
-    dtype, PEFT = next(base.parameters()).dtype, peft_name(rank)
-    expected: Results = {}
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    for name, build in builders(base, rank, lora_rank).items():
-        say(f"building and checking {name}")
-        try:
-            step = Step(build(), batch)
-            own = name in (FROZEN, PEFT, peft_name(lora_rank, trained=True))
-            if own and (exact or name == PEFT):
-                wanted = exact_results(step.trained, batch) if exact else step.results()
-                expected = wanted if name == PEFT else expected
-            else:
-                wanted = expected if not own else {}
-            found = step.results()
-            errors[name] = {part: difference(found[part], wanted[part].double()) for part in wanted}
-            steps[name] = step
-        except Exception as refusal:
-            if name in (FROZEN, PEFT, OURS):
-                raise
-            refused[name] = f"{type(refusal).__name__}: {refusal}".splitlines()[0]
-    tolerance = PEER_TOLERANCE if dtype.itemsize > 2 else _TWO_BYTE_TOLERANCE
-    tokens = batch["input_ids"].numel()
-    for name, error in errors.items():
-        for part, value in error.items():
-            strict = name == OURS and exact
-            limit = allowed_error(errors[PEFT][part], rank * tokens) if strict else tolerance
-            check(f"{name}, {part}", f"{tokens} tokens, r={rank}, {name_of(dtype)}", value, limit)
+    steps, errors, refused = checked(base, batch, rank, lora_rank, exact, say)
     memory = {name: _memory(step, clock.device, checkpointing) for name, step in steps.items()}
+    tokens = batch["input_ids"].numel()
     say("timing")
     times = in_turn(steps, lambda step: clock.laps(step.forward, step.backward, step.update), rounds, seconds=seconds)
     whole = {name: [sum(laps) for laps in every] for name, every in times.items()}
     return {
-        "dtype": name_of(dtype),
+        "dtype": name_of(next(base.parameters()).dtype),
         "parameters": sum(parameter.numel() for parameter in base.parameters()),
         "tokens": tokens,
         "rank": rank,
         "rounds": len(whole[OURS]),
         "checkpointing": checkpointing,
-        "checked_against": "float64" if exact else PEFT,
+        "checked_against": "float64" if exact else peft_name(rank),
         "contenders": {
             name: {
                 **{part: summary([laps[i] for laps in every]) for i, part in enumerate(_PARTS)},
