@@ -69,11 +69,12 @@ def accelerate(model: nn.Module, *, mode: str = "exact", group: bool = True, gat
     Layers of one parent whose A have one row space, as KORE gives q, k and v, or gate and up, are computed together:
     h once, and their input gradients in one product with Aᵀ.
 
-    ``mode="merged"`` forms W' = W + s B A for each pass and rounds it to W's dtype. Rounding loses a part of the
-    update that is large while the update is small: with weights in bfloat16 all of it at first, and gradients are
-    then those at rounded weights. So a layer runs merged only if the error of the update, measured now, is within
-    ``gate``; for a B of zeros that of a first step is measured. Every other layer runs exact. The errors are in the
-    result; :func:`kore.acceleration.merged_error` measures them at any time.
+    ``mode="merged"`` forms W' = W + s B A for each pass and rounds it to W's dtype: fewer operations where rows are
+    many. The rounding is of a fixed size, so with weights in bfloat16 most of a first step is lost and a hundredth of
+    what some hundred steps have made; in float32 nothing is. A layer runs merged only if the error of its update,
+    measured now, is within ``gate``; for a B of zeros that of a first step is measured. Every other layer runs exact.
+    The errors are in the result; :func:`kore.acceleration.merged_error` measures them at any time, and another call
+    of ``accelerate`` decides anew.
 
     Args:
         model: A ``PeftModel``, or a module that holds one; only the class of its LoRA layers is changed. One that was
