@@ -164,7 +164,7 @@ def bytes_of(weight):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_covered_runs_as_peft_does(kind):
+def test_inference_and_a_disabled_adapter_run_as_peft_does(kind):
     model = quantised(kind).eval()
     batch = make_batch("llama")
 
@@ -172,22 +172,27 @@ def test_what_is_not_covered_runs_as_peft_does(kind):
         with torch.no_grad():
             return model(**batch).logits
 
-    adapted = logits()
-    with model.disable_adapter():
-        base = logits()
+    def both():
+        adapted = logits()
+        with model.disable_adapter():
+            return adapted, logits()
+
+    theirs = both()
     kore.accelerate(model)
-    torch.testing.assert_close(logits(), adapted, rtol=0, atol=0)  # inference
-    with model.disable_adapter():
-        torch.testing.assert_close(logits(), base, rtol=0, atol=0)
-    model.train()
-    layer = a_layer(model)
-    calls = []
-    handle = layer.lora_B["default"].register_forward_hook(lambda *_: calls.append(1))
-    layer(torch.randn(3, 64))
-    assert calls
-    handle.remove()
-    layer(torch.randn(3, 64))
-    assert len(calls) == 1
+    for ours, expected in zip(both(), theirs):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_on_the_parts_of_a_layer_are_called(kind):
+    layer = a_layer(accelerated(quantised(kind)))
+    for part in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        calls = []
+        handle = part.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        layer(torch.randn(3, 64))
+        handle.remove()
+        layer(torch.randn(3, 64))
+        assert len(calls) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

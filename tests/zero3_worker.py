@@ -1,0 +1,92 @@
+"""Training under DeepSpeed ZeRO-3, plain and fused, for test_zero3: under torchrun, once for all cases."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+import kore
+import kore_kernels as kk
+from tests.acceleration_models import frozen_lora, kore_model
+from tests.batches import make_batch
+
+STEPS = 3
+MAKE = {"single": frozen_lora, "grouped": kore_model, "dropout": lambda: frozen_lora(lora_dropout=0.3)}
+
+# Who is fused and when, and the model of it.
+CASES = {
+    "plain": "single",
+    "fused": "single",
+    "fused late": "single",
+    "fused checkpointing": "single",
+    "plain grouped": "grouped",
+    "fused grouped": "grouped",
+    "fused dropout": "dropout",
+    "fused dropout checkpointing": "dropout",
+}
+
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,  # every parameter is partitioned,
+        "stage3_prefetch_bucket_size": 10_000,  # and some are gathered ahead
+    },
+}
+
+
+def optimizer(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train(case: str, calls: dict[str, int]) -> dict:
+    model = MAKE[CASES[case]]()
+    if "checkpointing" in case:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if "fused" in case and "late" not in case:
+        kore.accelerate(model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=CONFIG)
+    if "late" in case:
+        kore.accelerate(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    torch.manual_seed(0)
+    calls.update(one=0, several=0)
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        loss = engine(**make_batch("llama", seed=int(os.environ["RANK"]))).loss
+        losses.append(loss.item())
+        engine.backward(loss)
+        if step == 0:
+            gradients = {name: safe_get_full_grad(p).clone() for name, p in trained.items()}
+        engine.step()
+    B = {name: safe_get_full_fp32_param(p).clone() for name, p in trained.items()}
+    engine.destroy()
+    return {"losses": losses, "gradients": gradients, "B": B, "calls": dict(calls)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    calls: dict[str, int] = {}
+
+    def counted(name, operation):
+        def call(*arguments, **keywords):
+            calls[name] += 1
+            return operation(*arguments, **keywords)
+
+        return call
+
+    kk.lora_fa_linear = counted("one", kk.lora_fa_linear)
+    kk.lora_fa_linears = counted("several", kk.lora_fa_linears)
+    results = {case: train(case, calls) for case in CASES}
+    torch.save(results, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main()
