@@ -31,8 +31,8 @@ def split(linear, basis, cls=RemoteLinear):
     weight = linear.weight.detach().float()
     u, s, vt = torch.linalg.svd(weight @ basis @ basis.mT, full_matrices=False)
     new = cls(linear.in_features, linear.out_features, rank, linear.bias is not None)
-    new.BLinear.weight.data = s[:rank, None].sqrt() * vt[:rank]
-    new.ALinear.weight.data = u[:, :rank] * s[:rank].sqrt()
+    new.BLinear.weight.data = (s[:rank, None].sqrt() * vt[:rank]).contiguous()
+    new.ALinear.weight.data = (u[:, :rank] * s[:rank].sqrt()).contiguous()
     new.weight_residual.data = weight - weight @ basis @ basis.mT
     if linear.bias is not None:
         new.ALinear.bias.data = linear.bias.detach().clone()

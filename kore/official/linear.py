@@ -75,13 +75,17 @@ def refusal(module: Any) -> str | None:
         return "A (BLinear) is trained, as in the official v1 and Qwen scripts; freeze it for the fused form"
     if module.weight_residual.requires_grad:
         return "its weight_residual is trained"
+    if any("forward" in vars(part) for part in (module, module.BLinear, module.ALinear)):
+        return "its forward pass was replaced on the layer itself, for example by a hook of accelerate"
     return None
 
 
 def _covers(module: Any, x: Tensor) -> bool:
     """Whether all parts are at hand: whole weights beside x, in dtypes that go together, without hooks."""
+    from kore.acceleration.hooks import hooked  # not above: kore.acceleration imports this module
+
     first, second, residual = module.BLinear, module.ALinear, module.weight_residual
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in (first, second)):
+    if hooked(first, second):
         return False
     if any(part.weight.shape != (part.out_features, part.in_features) for part in (first, second)):
         return False
