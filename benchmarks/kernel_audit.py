@@ -91,6 +91,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         name = f"{_name(base)} with {_name(adapter)} adapter"
         yield f"lora forward {name}", lambda a=(x, W, b, A, B): lora.forward(*a, 1.0)
         yield f"lora backward {name}", lambda a=(g, W, A, B, h): lora.backward(*a, 1.0)
+        seed = _meta(1, dtype=torch.int64)
+        yield f"lora dropout forward {name}", lambda a=(x, W, b, A, B), seed=seed: lora.forward(*a, 1.0, 0.1, seed)
+        yield f"lora dropout backward {name}", lambda a=(g, W, A, B, h), seed=seed: lora.backward(*a, 1.0, 0.1, seed)
+        yield f"lora merged {name}", lambda a=(W, A, B): lora.merged(*a, 1.0)
         if base == adapter == torch.bfloat16:
             yield "lora backward, x without gradient", lambda a=(g, None, None, B, h): lora.backward(*a, 1.0)
             yield "lora backward, B without gradient", lambda a=(g, W, A, B, None): lora.backward(*a, 1.0)

@@ -17,6 +17,12 @@ def pad_columns(matrix: Tensor) -> Tensor:
     return F.pad(matrix, (0, padded(r) - r)).contiguous()
 
 
+def pad_rows(matrix: Tensor) -> Tensor:
+    """(r, n) with zero rows up to a multiple of 16; itself if it has such a number."""
+    r = matrix.shape[0]
+    return F.pad(matrix, (0, 0, 0, padded(r) - r)) if r % 16 else matrix
+
+
 def pad(square: Tensor) -> Tensor:
     """(r, r) with zero rows and columns up to a multiple of 16."""
     extra = padded(square.shape[0]) - square.shape[0]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kore_kernels import extension
 from kore_kernels.lora_fa_linear import dropout
-from kore_kernels.padding import padded
+from kore_kernels.padding import pad_columns, pad_rows, padded
+
+# Rows of what is made in parts because it is not needed whole.
+_ROWS = 512
+_ROWS_WORTH_A_COPY = 128
 
 
 def forward(
@@ -21,9 +27,12 @@ def forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    h = project(x.to(A.dtype), A.T) if seed is None else _project_dropped(x, A.T, dropout_p, seed)
+    r = A.shape[0]
+    if padding_pays(x):
+        A, B = pad_rows(A), pad_columns(B)
+    h = project(x, A.T, r, dropout_p, seed)
     y = F.linear(x, weight, bias)
-    add_product_(y, h[:, : A.shape[0]], B.T, scaling)
+    add_product_(y, h[:, : B.shape[1]], B.T, scaling)
     return y, h
 
 
@@ -37,29 +46,28 @@ def backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    low = g.to(B.dtype)
+    low, r = g.to(B.dtype), B.shape[1]
     dx = None
     if weight is not None and A is not None:
+        if padding_pays(g):
+            A, B = pad_rows(A), pad_columns(B)
         dx = g @ weight
-        if seed is None:
-            add_product_(dx, low @ B, A, scaling)
-        else:
-            _add_dropped_product_(dx, low @ B, A, scaling, dropout_p, seed)
-    return dx, None if h is None else _gradient_of_B(low, B, h, scaling)
+        add_product_(dx, low @ B, A, scaling, dropout_p, seed)
+    return dx, None if h is None else gradient_of_B(low, h, r, scaling)
 
 
 def merged_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, want_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     y = F.linear(x, merged(weight, A, B, scaling), bias)
-    return y, project(x.to(A.dtype), A.T) if want_h else None
+    return y, project(x, A.T, A.shape[0]) if want_h else None
 
 
 def merged_backward(
     g: Tensor, weight: Tensor | None, A: Tensor | None, B: Tensor, h: Tensor | None, scaling: float
 ) -> tuple[Tensor | None, Tensor | None]:
     dx = None if weight is None or A is None else g @ merged(weight, A, B, scaling)
-    return dx, None if h is None else _gradient_of_B(g.to(B.dtype), B, h, scaling)
+    return dx, None if h is None else gradient_of_B(g.to(B.dtype), h, B.shape[1], scaling)
 
 
 def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -67,54 +75,53 @@ def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     if weight.dtype == B.dtype:
         return torch.addmm(weight, B, A, alpha=scaling)
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for first in range(0, len(weight), _ROWS):
-        rows = slice(first, first + _ROWS)
+    for rows, _ in _parts(weight):
         out[rows] = weight[rows].to(B.dtype).addmm_(B[rows], A, alpha=scaling)
     return out
 
 
-def project(x: Tensor, basis: Tensor) -> Tensor:
-    """x @ basis, (N, r), written into (N, padded(r)) whose other columns are zero."""
-    r = basis.shape[1]
-    h = x.new_empty(x.shape[0], padded(r))
-    torch.mm(x, basis, out=h[:, :r])
-    h[:, r:] = 0
+def padding_pays(x: Tensor) -> bool:
+    """Whether a product of x is faster, by more than the copy costs, with factors whose rank is a multiple of 16."""
+    return len(x) >= _ROWS_WORTH_A_COPY
+
+
+def project(x: Tensor, basis: Tensor, rank: int, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """drop(x) @ basis, written into (N, padded(rank)) whose other columns are zero; basis (d, rank), padded or not."""
+    h = basis.new_empty(x.shape[0], padded(rank))
+    filled = h[:, : basis.shape[1]]
+    h[:, basis.shape[1] :] = 0
+    if seed is None and x.dtype == basis.dtype:
+        torch.mm(x, basis, out=filled)
+        return h
+    for rows, first in _parts(x):
+        part = x[rows] if seed is None else _drop(x[rows], dropout_p, seed, first)
+        filled[rows].addmm_(part.to(basis.dtype), basis, beta=0, alpha=1 / (1 - dropout_p))
     return h
 
 
-def add_product_(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
-    """out += scaling * left @ right; the product in its own dtype where that is wider than out's."""
-    if left.dtype == out.dtype:
+def add_product_(
+    out: Tensor, left: Tensor, right: Tensor, scaling: float, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> None:
+    """out += scaling * drop(left @ right); the product in its own dtype where that is wider than out's."""
+    if seed is None and left.dtype == out.dtype:
         out.addmm_(left, right, alpha=scaling)
-    else:
-        out.add_(left @ right, alpha=scaling)
-
-
-# Rows of a temporary that is not made whole.
-_ROWS = 512
-
-
-def _gradient_of_B(g: Tensor, B: Tensor, h: Tensor, scaling: float) -> Tensor:
-    return (g.T @ h[:, : B.shape[1]]).mul_(scaling)
-
-
-def _project_dropped(x: Tensor, basis: Tensor, p: float, seed: Tensor) -> Tensor:
-    """drop(x) @ basis, written as ``project`` writes it."""
-    r = basis.shape[1]
-    h = basis.new_zeros(x.shape[0], padded(r))
-    for first in range(0, len(x), _ROWS):
-        rows = slice(first, first + _ROWS)
-        kept = _drop(x[rows], p, seed, first).to(basis.dtype)
-        h[rows, :r].addmm_(kept, basis, beta=0, alpha=1 / (1 - p))
-    return h
-
-
-def _add_dropped_product_(out: Tensor, left: Tensor, right: Tensor, scaling: float, p: float, seed: Tensor) -> None:
-    """out += scaling * drop(left @ right)."""
-    for first in range(0, len(out), _ROWS):
-        rows = slice(first, first + _ROWS)
+        return
+    for rows, first in _parts(out):
         product = left[rows] @ right
-        out[rows].add_(_drop(product, p, seed, first, out=product), alpha=scaling / (1 - p))
+        if seed is not None:
+            product = _drop(product, dropout_p, seed, first, out=product)
+        out[rows].add_(product, alpha=scaling / (1 - dropout_p))
+
+
+def gradient_of_B(g: Tensor, h: Tensor, rank: int, scaling: float) -> Tensor:
+    """scaling * gᵀ h without h's padding."""
+    dB = h.new_empty(g.shape[1], h.shape[1])
+    return dB.addmm_(g.T, h, beta=0, alpha=scaling)[:, :rank].contiguous()
+
+
+def _parts(tensor: Tensor) -> Iterator[tuple[slice, int]]:
+    for first in range(0, len(tensor), _ROWS):
+        yield slice(first, first + _ROWS), first
 
 
 def _drop(x: Tensor, p: float, seed: Tensor, first: int, out: Tensor | None = None) -> Tensor:

@@ -99,7 +99,8 @@ def two_products(
     zero.
     """
     out = (L if add is None else add).new_empty(L.shape[0], R.shape[1])
-    _launch_two_products(configs.HALF, out, L, R, bias, P, Q, scaling, add, dropout_p, seed)
+    half = configs.HALF if seed is None else configs.HALF_DROPPED
+    _launch_two_products(half, out, L, R, bias, P, Q, scaling, add, dropout_p, seed)
     return out
 
 
@@ -249,7 +250,7 @@ def gradients(
     gB_programs = chunk_rows // config.block_m * rank_tiles if want_gB else 0
     dB_programs = triton.cdiv(n, config.block_m) * rank_tiles if h is not None else 0
     gB = g.new_empty(m, padded(r), dtype=B.dtype) if want_gB else None
-    shares = None if h is None else g.new_empty(chunks, n, r, dtype=torch.float32)
+    shares = None if h is None else g.new_empty(chunks, n, padded(r), dtype=torch.float32)
     gpu.launch(
         _gradients,
         chunks * (gB_programs + dB_programs),
@@ -274,7 +275,7 @@ def gradients(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return gB, None if shares is None else (shares.sum(0) * scaling).to(B.dtype)
+    return gB, None if shares is None else (shares.sum(0)[:, :r] * scaling).to(B.dtype)
 
 
 @triton.jit(do_not_specialize=["m", "gB_programs", "dB_programs"])
@@ -307,11 +308,9 @@ def _gradients(
             _gB_tile(G, B, GB, local, first, last, n, r, r_padded, stride_gm, stride_gn, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
     if SHARES is not None:  # noqa: SIM102
         if local >= gB_programs:
-            share = SHARES + chunk.to(tl.int64) * n * r
+            share = SHARES + chunk.to(tl.int64) * n * r_padded
             local -= gB_programs
-            _dB_tile(
-                G, H, share, local, first, last, n, r, r_padded, stride_gm, stride_gn, DOT, BLOCK_M, BLOCK_N, BLOCK_K
-            )
+            _dB_tile(G, H, share, local, first, last, n, r_padded, stride_gm, stride_gn, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -359,7 +358,6 @@ def _dB_tile(
     first,
     last,
     n,
-    r,
     r_padded,
     stride_gm,
     stride_gn,
@@ -377,11 +375,12 @@ def _dB_tile(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(first, last, BLOCK_K):
         at = start + tl.arange(0, BLOCK_K)
-        far, inside = at.to(tl.int64)[:, None], (at < last)[:, None]
-        left = tl.load(G + far * stride_gm + row[None, :] * stride_gn, mask=inside & in_rows[None, :], other=0.0)
-        right = tl.load(H + far * r_padded + columns[None, :], mask=inside & in_rank, other=0.0)
-        total = tl.dot(tl.trans(left).to(DOT), right.to(DOT), total, input_precision="tf32x3")
-    tl.store(SHARE + row[:, None] * r + columns[None, :], total, mask=in_rows[:, None] & (columns < r)[None, :])
+        far, inside = at.to(tl.int64), at < last
+        gT = G + row[:, None] * stride_gn + far[None, :] * stride_gm
+        left = tl.load(gT, mask=in_rows[:, None] & inside[None, :], other=0.0)
+        right = tl.load(H + far[:, None] * r_padded + columns[None, :], mask=inside[:, None] & in_rank, other=0.0)
+        total = tl.dot(left.to(DOT), right.to(DOT), total, input_precision="tf32x3")
+    tl.store(SHARE + row[:, None] * r_padded + columns[None, :], total, mask=in_rows[:, None] & in_rank)
 
 
 @triton.jit
@@ -390,8 +389,13 @@ def _keep(SEED, rows, columns, threshold, M: tl.constexpr, N: tl.constexpr):
     quads = tl.min(columns, 0) // 4 + tl.arange(0, N // 4)
     zero = tl.zeros((M, N // 4), dtype=tl.int32)
     a, b, c, d = tl.philox(tl.load(SEED), quads[None, :] + zero, rows[:, None] + zero, zero, zero)
-    words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(M, N)
-    return (words >> 1).to(tl.int32) >= threshold
+    a, b, c, d = _bit(a, threshold), _bit(b, threshold), _bit(c, threshold), _bit(d, threshold)
+    return tl.join(tl.join(a, c), tl.join(b, d)).reshape(M, N) != 0
+
+
+@triton.jit
+def _bit(word, threshold):
+    return ((word >> 1).to(tl.int32) >= threshold).to(tl.int8)
 
 
 @triton.jit

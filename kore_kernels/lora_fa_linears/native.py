@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from kore_kernels.lora_fa_linear.native import add_product_, project
+from kore_kernels.lora_fa_linear.native import add_product_, gradient_of_B, padding_pays, project
+from kore_kernels.padding import pad, pad_columns
 
 
 def forward(
@@ -19,7 +20,10 @@ def forward(
     Bs: Sequence[Tensor],
     scaling: float,
 ) -> tuple[list[Tensor], Tensor]:
-    h = project(x.to(U.dtype), U)
+    r = U.shape[1]
+    if padding_pays(x):
+        U, Rs, Bs = pad_columns(U), [pad(R) for R in Rs], [pad_columns(B) for B in Bs]
+    h = project(x, U, r)
     kept = h[:, : U.shape[1]]
     ys = []
     for weight, bias, R, B in zip(weights, biases, Rs, Bs):
@@ -38,6 +42,9 @@ def backward(
     h: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor | None, list[Tensor]]:
+    r = Bs[0].shape[1]
+    if padding_pays(gs[0]):
+        U, Rs, Bs = None if U is None else pad_columns(U), [pad(R) for R in Rs], [pad_columns(B) for B in Bs]
     dx: Tensor | None = None
     low: Tensor | None = None
     dBs = []
@@ -48,7 +55,7 @@ def backward(
             gB = wide @ B
             low = gB @ R if low is None else low.addmm_(gB, R)
         if h is not None:
-            dBs.append((wide.T @ (h[:, : R.shape[1]] @ R.T)).mul_(scaling))
+            dBs.append(gradient_of_B(wide, h[:, : R.shape[1]] @ R.T, r, scaling))
     if U is not None and dx is not None and low is not None:
         add_product_(dx, low, U.T, scaling)
     return dx, dBs

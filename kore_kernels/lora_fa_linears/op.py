@@ -27,7 +27,8 @@ def lora_fa_linears(
 
     This is ``lora_fa_linear`` with ``A_i = R_i Uᵀ`` for each layer of a group that reads one input (q, k and v; gate
     and up), whose null-space basis is therefore the same. x U is computed and saved once; the group's input gradients
-    meet in r dimensions, ``dx = Σ g_i W_i + s (Σ g_i B_i R_i) Uᵀ``, and ``dB_i = s g_iᵀ (h R_iᵀ)``.
+    meet in r dimensions, ``dx = Σ g_i W_i + s (Σ g_i B_i R_i) Uᵀ``, and ``dB_i = s g_iᵀ (h R_iᵀ)``. A layer whose
+    output has no gradient costs nothing in the backward pass.
 
     Args:
         x: (..., d_in), float32, bfloat16, float16 or float64, any strides and any number of rows, none included.
@@ -151,6 +152,7 @@ def _setup_context(ctx, inputs, output) -> None:
     _ys, h = output
     needs_x, ctx.needs_B = x.requires_grad, [B.requires_grad for B in Bs]
     ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
     ctx.scaling, ctx.layers, ctx.biases = scaling, len(Bs), len(biases)
     ctx.save_for_backward(
         U if needs_x else None, h if any(ctx.needs_B) else None, *Rs, *Bs, *(weights if needs_x else ())
@@ -161,9 +163,14 @@ def _autograd(ctx, gs, _grad_h):
     n = ctx.layers
     U, h, *rest = ctx.saved_tensors
     Rs, Bs, weights = rest[:n], rest[n : 2 * n], rest[2 * n :]
-    dx, dBs = torch.ops.kore.lora_fa_linears_backward(list(gs), weights, U, Rs, Bs, h, ctx.scaling)
-    grads_B = [dB if needed else None for dB, needed in zip(dBs, ctx.needs_B)] if dBs else [None] * n
-    none = [None] * n
+    dx, none, grads_B = None, [None] * n, [None] * n
+    used = [i for i, g in enumerate(gs) if g is not None and (U is not None or ctx.needs_B[i])]
+    if used:
+        gs, Rs, Bs = ([group[i] for i in used] for group in (gs, Rs, Bs))
+        weights = [weights[i] for i in used] if weights else []
+        dx, dBs = torch.ops.kore.lora_fa_linears_backward(gs, weights, U, Rs, Bs, h, ctx.scaling)
+        for i, dB in zip(used, dBs):
+            grads_B[i] = dB if ctx.needs_B[i] else None
     return dx if U is not None else None, none, [None] * ctx.biases, None, None, none, grads_B, None
 
 

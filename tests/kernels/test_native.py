@@ -226,7 +226,7 @@ class TestInstructionSet:
 
             @staticmethod
             def dropout(*arguments):
-                *arguments, level, threads = arguments
+                *arguments, _level, threads = arguments
                 module.dropout(*arguments, 0, threads)
 
         monkeypatch.setattr(extension, "_load", lambda: (Broken, None))
