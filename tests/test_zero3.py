@@ -71,7 +71,10 @@ def assert_near(ours, theirs, tolerance):
         assert (ours[name].double() - expected.double()).norm() <= tolerance * expected.double().norm(), name
 
 
-@pytest.mark.parametrize("case", ["fused", "fused late", "fused checkpointing", "fused grouped"])
+CASES = ["fused", "fused late", "fused late, merged asked for", "fused checkpointing", "fused grouped"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_and_trained_weights_are_those_of_peft(case, ranks, alone):
     kind = "grouped" if "grouped" in case else "single"
     plain = "plain grouped" if "grouped" in case else "plain"

@@ -23,6 +23,7 @@ CASES = {
     "plain": "single",
     "fused": "single",
     "fused late": "single",
+    "fused late, merged asked for": "single",
     "fused checkpointing": "single",
     "plain grouped": "grouped",
     "fused grouped": "grouped",
@@ -53,7 +54,8 @@ def train(case: str, calls: dict[str, int]) -> dict:
         kore.accelerate(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=CONFIG)
     if "late" in case:
-        kore.accelerate(model)
+        done = kore.accelerate(model, mode="merged" if "merged" in case else "exact")
+        assert "merged" not in case or set(done.exact.values()) == {"its weights are not here to be measured"}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     torch.manual_seed(0)
     calls.update(one=0, several=0)

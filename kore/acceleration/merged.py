@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import kore_kernels as kk
+from kore.acceleration.hooks import partitioned
 from kore.acceleration.linear import FusedLinear, parts
 
 # The largest error of the update that a layer may have and run merged.
@@ -65,7 +66,7 @@ def merged_refusal(layer: FusedLinear) -> str | None:
     W, _, A, B, _ = parts(layer)
     if getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0):
         return "dropout, which merged mode does not have"
-    if any(t.is_meta or type(t) is not nn.Parameter for t in (W, A, B)):
+    if any(t.is_meta or partitioned(t) or type(t) is not nn.Parameter for t in (W, A, B)):
         return "its weights are not here to be measured"
     if not W.device == A.device == B.device:
         return "its weights are on several devices"
