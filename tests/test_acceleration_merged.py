@@ -65,7 +65,7 @@ def test_bfloat16_runs_merged_when_the_update_has_grown(merged_calls):
         found = merged_error(model)
         means.append(sum(error.update for error in found.values()) / len(found))
         assert all(error.output <= 2 * error.exact_output for error in found.values())
-    assert means[0] > 5 * means[1] > 25 * means[2]
+    assert means[0] > 5 * means[1] > 10 * means[2]
     exact = step(kore.decelerate(frozen_lora(dtype=torch.bfloat16)).float())
     model = frozen_lora(dtype=torch.bfloat16)
     theirs = step(model)
@@ -125,7 +125,7 @@ def test_training_merged_in_bfloat16_follows_the_exact_run():
         return losses
 
     exact, merged = train("exact"), train("merged")
-    assert exact[-1] < exact[0] - 0.4
+    assert exact[-1] < exact[0] - 0.2
     assert merged == pytest.approx(exact, rel=5e-3)
 
 
