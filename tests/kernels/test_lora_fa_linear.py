@@ -58,10 +58,12 @@ def test_shapes_and_dtypes(backend, shape, dtype, adapter):
     check(*layer(*shape, dtype, adapter))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("r", RANKS)
 def test_ranks(backend, r, dtype):
-    check(*layer(40, 33, 35, r, dtype, dtype))
+    """With few rows and with so many that the CPU multiplies padded copies of A and B."""
+    for n in (40, 200):
+        check(*layer(n, 33, 35, r, dtype, dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
