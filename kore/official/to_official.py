@@ -27,7 +27,7 @@ from kore.official.to_adapter import ROWS_MAY_DIFFER, Converted, check_output
 FORMS = ("lossless", "paper")
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_SHARD_BYTES = 4 << 30
+_SHARD_BYTES = 2 << 30
 _SETTINGS = {
     "architectures": ["CovSVDLlamaForCausalLM"],
     "auto_map": {
@@ -71,7 +71,7 @@ def to_official(
       it; everything in W0's dtype, whose rounding of W_res moves the model a little.
 
     The language model's linear layers that the adapter leaves alone get A = 0 and B = 0. Weights are read and written
-    one shard at a time; no more than one shard and a layer is in memory.
+    one shard at a time: in memory are one shard, 2 GiB unless said otherwise, and some copies of one layer.
 
     Args:
         adapter: A LoRA directory of KORE or PEFT, all layers of one rank.
