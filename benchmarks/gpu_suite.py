@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import kore_kernels as kk
-from benchmarks import gpu_covariance, gpu_model
+from benchmarks import gpu_covariance, gpu_lora, gpu_model, gpu_step
 from kore.bench.machine import Roofline, describe, resolve_device
 from kore.bench.show import write_json
 from kore.bench.timing import Clock
@@ -92,19 +92,22 @@ class Suite:
 
 @dataclass(frozen=True)
 class Section:
-    """``seconds`` is the most it may take, ``needs`` a section that must have found nothing wrong."""
+    """``share`` of the time that is left, beside those of the sections after it; ``needs`` one that found no fault."""
 
     name: str
     run: Callable[[Suite], dict[str, Any]]
-    seconds: float
+    share: float
     needs: str | None = None
 
 
 SECTIONS = (
-    Section("roofline", gpu_covariance.roofline, 40),
-    Section("correctness", gpu_covariance.correctness, 150),
-    Section("covariance", gpu_covariance.times, 140, needs="correctness"),
-    Section("model", gpu_model.section, 110, needs="correctness"),
+    Section("roofline", gpu_covariance.roofline, 20),
+    Section("correctness", gpu_covariance.correctness, 90),
+    Section("lora correctness", gpu_lora.correctness, 80),
+    Section("covariance", gpu_covariance.times, 80, needs="correctness"),
+    Section("lora", gpu_lora.times, 75, needs="lora correctness"),
+    Section("model", gpu_model.section, 55, needs="correctness"),
+    Section("training step", gpu_step.section, 50, needs="lora correctness"),
 )
 
 
@@ -122,14 +125,14 @@ def run(suite: Suite, names: list[str], commit: str | None) -> int:
     }
     suite.output.absolute().parent.mkdir(parents=True, exist_ok=True)
     clean: dict[str, bool] = {}
-    for section in SECTIONS:
-        if section.name not in names:
-            continue
+    chosen = [section for section in SECTIONS if section.name in names]
+    for index, section in enumerate(chosen):
         if section.needs and not clean.get(section.needs, True):
             suite.fail(f"{section.name}: not run, because {section.needs} found something wrong")
             continue
         started, faults = time.monotonic(), len(suite.wrong)
-        suite.deadline = min(started + section.seconds, suite.end)
+        shares = sum(each.share for each in chosen[index:])
+        suite.deadline = started + (suite.end - started) * section.share / shares
         print(f"== {section.name}, {suite.left():.0f} s at most", flush=True)
         try:
             suite.result[section.name] = section.run(suite)
@@ -141,6 +144,7 @@ def run(suite: Suite, names: list[str], commit: str | None) -> int:
         if suite.device.type == "cuda":
             torch.cuda.empty_cache()
         suite.save()
+    suite.save()
     print(f"{suite.output}: {len(suite.wrong)} wrong, {len(suite.missed)} not reached in time", flush=True)
     for line in (*suite.wrong, *suite.missed):
         print(line)

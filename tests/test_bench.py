@@ -233,11 +233,16 @@ def test_the_gpu_suite_runs_whole_on_tiny_shapes(tmp_path):
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["wrong"] == result["missed"] == [] and result["environment"]["commit"] == "abc"
     assert set(result["correctness"]) == {"native", "reference"}
+    from benchmarks import gpu_lora
     from benchmarks.gpu_covariance import cases, checks
 
     assert len(result["correctness"]["native"]) == len(checks(True)) and len(checks(False)) == len(checks(True))
     assert len(result["covariance"]["cases"]) == len(cases(True))
     assert result["model"]["batches of 1"]["overhead_of_official"] and result["model"]["goals"]
+    assert len(result["lora correctness"]["checks"]) == len(gpu_lora.checks(True))
+    assert [case["refused"] for case in result["lora"]["cases"]] == [{}] * len(gpu_lora.cases(True))
+    assert {goal["found"] for goal in result["lora"]["goals"].values()} == {None}
+    assert result["training step"]["rounds"] >= 3 and len(result["training step"]["contenders"]) == 6
     assert {(d, n) for _, d, n in cases(False)} == {
         (d, n) for d in (1024, 4096, 5120, 11008, 13824, 18944) for n in (600, 2048, 8192)
     }

@@ -205,8 +205,9 @@ def stack():
 def test_the_models_share_the_base_and_start_equal(stack):
     base, _ = stack
     places = {parameter.data_ptr() for parameter in base.parameters()}
-    first, second = step_peers.peft(base, 6), step_peers.accelerated(base, 6, "exact")
-    for trained in (first, second, step_peers.official(base, 6)):
+    factors = step_peers.random_factors(base, 6)
+    first, second = step_peers.peft(base, factors), step_peers.accelerated(base, factors, "exact")
+    for trained in (first, second, step_peers.official(base, factors)):
         assert places <= {parameter.data_ptr() for parameter in trained.model.parameters()}
         assert len(trained.Bs) == 14 and {id(p) for p in trained.parameters()} == {id(B) for B in trained.Bs.values()}
         torch.testing.assert_close(list(trained.Bs.values()), list(first.Bs.values()))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ FROZEN, OURS, MERGED, OFFICIAL, LIGER = (
     "official form",
     "PEFT, A frozen, Liger",
 )
+Factors = list[tuple[str, Tensor, Tensor]]
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -91,13 +93,14 @@ def sharing(base: nn.Module) -> Any:
     return copy.deepcopy(base, memo=dict(tensors))
 
 
-def factors(base: nn.Module, rank: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+def random_factors(base: nn.Module, rank: int) -> Factors:
     """Name, A and B of every linear layer of the language model; the same at every call.
 
     A_i = R_i Uᵀ has orthonormal rows, near to KORE's √Σ Vᵀ Uᵀ, and is rounded once.
     """
     generator = torch.Generator(device=next(base.parameters()).device).manual_seed(1)
     bases: dict[str, Tensor] = {}
+    found: Factors = []
     for name in language_model_linears(base):
         weight: Any = base.get_submodule(name).weight
         d_out, d_in = weight.shape
@@ -111,22 +114,23 @@ def factors(base: nn.Module, rank: int) -> Iterator[tuple[str, Tensor, Tensor]]:
             bases[key] = torch.linalg.qr(normal(d_in, rank))[0]
         A = torch.linalg.qr(normal(rank, rank))[0] @ bases[key].T
         B = 0.1 * normal(d_out, rank) / rank**0.5
-        yield name, A.to(weight.dtype), B.to(weight.dtype)
+        found.append((name, A.to(weight.dtype), B.to(weight.dtype)))
+    return found
 
 
-def peft(base: nn.Module, rank: int, trained: bool = False) -> Trained:
+def peft(base: nn.Module, factors: Factors, trained: bool = False) -> Trained:
     """PEFT's LoRA on every linear layer of the language model."""
     from peft import LoraConfig, get_peft_model
 
     inner = sharing(base)
-    found = list(factors(base, rank))
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[name for name, _, _ in found])
+    rank = factors[0][1].shape[0]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[name for name, _, _ in factors])
     model = get_peft_model(inner, config, autocast_adapter_dtype=False)
     if not trained:
         kore.freeze_a(model)
     Bs: dict[str, nn.Parameter] = {}
     with torch.no_grad():
-        for name, A, B in found:
+        for name, A, B in factors:
             layer: Any = inner.get_submodule(name)
             layer.lora_A["default"].weight.copy_(A)
             Bs[name] = layer.lora_B["default"].weight
@@ -134,12 +138,12 @@ def peft(base: nn.Module, rank: int, trained: bool = False) -> Trained:
     return Trained(model, Bs)
 
 
-def accelerated(base: nn.Module, rank: int, mode: str) -> Trained:
+def accelerated(base: nn.Module, factors: Factors, mode: str) -> Trained:
     """The same with its layers fused. Raises RuntimeError where ``kore.accelerate`` left one as it was.
 
     Merged whatever the accuracy: the gate is about the size of an update, the time is not.
     """
-    trained = peft(base, rank)
+    trained = peft(base, factors)
     gate = {"gate": math.inf} if mode == "merged" else {}
     done = kore.accelerate(trained.model, mode=mode, **gate)
     if done.left or done.exact:
@@ -147,26 +151,26 @@ def accelerated(base: nn.Module, rank: int, mode: str) -> Trained:
     return trained
 
 
-def official(base: nn.Module, rank: int) -> Trained:
+def official(base: nn.Module, factors: Factors) -> Trained:
     """The official linear layers, with the base weight as the residual."""
     inner = sharing(base)
     inner.requires_grad_(False)
     Bs: dict[str, nn.Parameter] = {}
-    for name, A, B in factors(base, rank):
+    for name, A, B in factors:
         old: Any = inner.get_submodule(name)
-        layer: Any = official_linear(old.weight, A, B, old.bias)
+        layer: Any = official_linear(old.weight, A, B.clone(), old.bias)
         inner.set_submodule(name, layer)
         Bs[name] = layer.ALinear.weight
     return Trained(inner, Bs)
 
 
-def liger(base: nn.Module, rank: int) -> Trained:
+def liger(base: nn.Module, factors: Factors) -> Trained:
     """PEFT with a frozen A on a Llama whose other operations are Liger's; its rotary one would change every model."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     patched = sharing(base)
     apply_liger_kernel_to_llama(rope=False, model=patched)
-    return peft(patched, rank)
+    return peft(patched, factors)
 
 
 def no_liger(base: nn.Module) -> str | None:
@@ -187,12 +191,13 @@ def builders(base: nn.Module, rank: int, lora_rank: int) -> dict[str, Callable[[
     """Every contender that can run here by name, not built yet."""
     frozen = sharing(base)
     frozen.requires_grad_(False)
+    at = cache(lambda rank: random_factors(base, rank))
     found = {
         FROZEN: lambda: Trained(frozen),
-        peft_name(rank): lambda: peft(base, rank),
-        peft_name(lora_rank, trained=True): lambda: peft(base, lora_rank, trained=True),
-        OURS: lambda: accelerated(base, rank, "exact"),
-        MERGED: lambda: accelerated(base, rank, "merged"),
-        OFFICIAL: lambda: official(base, rank),
+        peft_name(rank): lambda: peft(base, at(rank)),
+        peft_name(lora_rank, trained=True): lambda: peft(base, at(lora_rank), trained=True),
+        OURS: lambda: accelerated(base, at(rank), "exact"),
+        MERGED: lambda: accelerated(base, at(rank), "merged"),
+        OFFICIAL: lambda: official(base, at(rank)),
     }
-    return found if no_liger(base) else {**found, LIGER: lambda: liger(base, rank)}
+    return found if no_liger(base) else {**found, LIGER: lambda: liger(base, at(rank))}
