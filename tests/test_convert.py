@@ -392,6 +392,7 @@ def test_the_command_line_explains_itself(worlds, tmp_path, capsys):
         ([str(world / "official"), *base, "--form", "paper"], "--form: only for an adapter as SOURCE"),
         ([str(tmp_path / "nowhere"), *base], "nowhere: no such directory"),
         ([str(world / "base"), *base], "not an official checkpoint"),
+        ([str(world / "official"), "-m", "owner/name", *base[2:]], "a model of the hub must be downloaded first"),
     ):
         assert main(["convert", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -29,11 +29,11 @@ def is_original_llava(settings: dict[str, Any]) -> bool:
     return "mm_projector_type" in settings or "mm_vision_tower" in settings
 
 
-def lazy_model(directory: Path, checkpoint: Checkpoint) -> Any:
-    """The Hugging Face model of a directory, its parameters memory-mapped from ``checkpoint``. Not for computing.
+def lazy_model(directory: Path) -> Any:
+    """The Hugging Face model of a directory, its parameters memory-mapped from its files. Not for computing.
 
     Raises:
-        ModelError: The model is of another library, or the checkpoint lacks a weight or has another shape.
+        ModelError: The model is of another library, or its files lack a weight or have one of another shape.
     """
     import transformers
 
@@ -52,7 +52,7 @@ def lazy_model(directory: Path, checkpoint: Checkpoint) -> Any:
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{directory}: not a model that transformers can build ({first_line})") from error
-    parameters = dict(model.named_parameters())
+    checkpoint, parameters = Checkpoint(directory), dict(model.named_parameters())
     for role, name in by_role(parameters, str(directory)).items():
         stored = checkpoint.roles.get(role)
         if stored is None:

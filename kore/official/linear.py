@@ -75,7 +75,7 @@ def refusal(module: Any) -> str | None:
         return "A (BLinear) is trained, as in the official v1 and Qwen scripts; freeze it for the fused form"
     if module.weight_residual.requires_grad:
         return "its weight_residual is trained"
-    if any("forward" in vars(part) for part in (module, module.BLinear, module.ALinear)):
+    if any("forward" in part.__dict__ for part in (module, module.BLinear, module.ALinear)):
         return "its forward pass was replaced on the layer itself, for example by a hook of accelerate"
     return None
 

@@ -75,7 +75,7 @@ def to_adapter(
     """
     check_output(output, source, base)
     official, base = Checkpoint(source), Path(base)
-    model = lazy_model(base, Checkpoint(base))
+    model = lazy_model(base)
     fingerprint = model_fingerprint(model)
     parameters = dict(model.named_parameters())
     names = by_role(parameters, str(base))

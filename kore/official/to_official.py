@@ -96,7 +96,7 @@ def to_official(
     check_output(output, adapter, base, *([] if like is None else [like]))
     settings, weights = read_settings(base), Checkpoint(base)
     if (Path(adapter) / KORE_FILE).is_file() and not is_original_llava(settings):
-        check_fingerprint(read_info(adapter)["base_fingerprint"], lazy_model(base, weights), f"the adapter {adapter}")
+        check_fingerprint(read_info(adapter)["base_fingerprint"], lazy_model(base), f"the adapter {adapter}")
     lora = _read_adapter(Path(adapter))
     layers = _layers(lora, weights)
     pattern = None if like is None else Checkpoint(like)
