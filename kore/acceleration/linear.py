@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import kore_kernels as kk
 from kore.acceleration.fused import Fused, Kind
-from kore.acceleration.hooks import hooked
+from kore.acceleration.hooks import hooked, replaced
 
 if TYPE_CHECKING:
     from kore.acceleration.groups import Group
@@ -31,7 +31,8 @@ class FusedLinear(Fused, Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not covers(self, x):
-            return super().forward(x, *args, **kwargs)
+            # Not super(): a hook may have kept this method for a layer that has its own class back.
+            return Linear.forward(self, x, *args, **kwargs)
         if not torch.compiler.is_compiling() and self._fused_group is not None:
             y = self._fused_group.output(self, x)
             if y is not None:
@@ -103,7 +104,7 @@ def adapter_refusal(layer: Any) -> str | None:
         return "its dropout drops everything"
     # The compiler of torch 2.6 cannot look into instances; what it gets was looked at before.
     compiling = torch.compiler.is_compiling()
-    if not compiling and any("forward" in vars(part) for part in (layer, layer.base_layer, A, B)):
+    if not compiling and ("forward" in vars(layer) or any(replaced(part) for part in (layer.base_layer, A, B))):
         return "its forward pass was replaced on the layer itself, for example by a hook of accelerate"
     return None
 
