@@ -9,6 +9,7 @@ from torch import nn
 
 import kore
 from kore.acceleration import FusedLinear, accelerate, decelerate
+from kore.errors import KoreError
 from tests.acceleration_models import assert_as_close, assert_same_step, frozen_lora, step
 from tests.batches import KINDS, MODELS, make_batch
 
@@ -103,6 +104,35 @@ def test_decelerate_gives_the_model_back():
     assert decelerate(model) is model
     assert [type(module) for module in model.modules()] == classes
     assert_same_step(step(model), theirs, 0)
+
+
+def test_a_class_that_was_changed_again_is_not_taken_away():
+    """As fully_shard does with the layers it is called on."""
+    model = frozen_lora()
+    accelerate(model)
+    layer = next(module for module in model.modules() if type(module) is FusedLinear)
+    layer.__class__ = type("FSDPFusedLinear", (FusedLinear,), {})
+    with pytest.raises(KoreError, match="got a FSDPFusedLinear"):
+        decelerate(model)
+    assert sum(type(module) is FusedLinear for module in model.modules()) == 13
+
+
+def test_weights_that_are_offloaded_run_as_peft_does():
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model = frozen_lora().eval()
+    with torch.no_grad():
+        batch = make_batch("llama")
+        expected = model(**batch).logits
+        accelerate(model)
+        cpu_offload(model)
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+        assert not accelerate(model).accelerated
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+        remove_hook_from_submodules(model)
+        assert len(accelerate(model).accelerated) == 14
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_left_is_said():

@@ -125,13 +125,22 @@ def accelerate(model: nn.Module, *, mode: str = "exact", group: bool = True, gat
 
 
 def decelerate(model: nn.Module) -> nn.Module:
-    """Give every layer that :func:`accelerate` changed its own class back. Returns ``model``."""
-    module: Any
-    for module in model.modules():
-        if isinstance(module, Fused):
-            for name in [name for name in vars(module) if name.startswith("_fused_")]:
-                delattr(module, name)
-            module.__class__ = module.plain
+    """Give every layer that :func:`accelerate` changed its own class back. Returns ``model``.
+
+    Raises:
+        KoreError: A layer's class was changed again since, as ``fully_shard`` does to the layers it is called on.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Fused)]
+    for module in layers:
+        if "plain" not in vars(type(module)):
+            raise KoreError(
+                f"decelerate: expected the classes that accelerate gave, got a {type(module).__name__}; "
+                "accelerate and decelerate a model before it is wrapped"
+            )
+    for module in layers:
+        for name in [name for name in vars(module) if name.startswith("_fused_")]:
+            delattr(module, name)
+        module.__class__ = module.plain
     return model
 
 
