@@ -501,9 +501,25 @@ def test_an_adapter_with_another_name(calls):
     assert calls == {"lora_fa_linears": 2, "lora_fa_linear": 6}
 
 
-def test_data_parallel_replicas_run_singly():
-    from torch.nn.parallel.replicate import replicate  # noqa: F401
+def test_an_adapter_that_changes_some_members_only():
+    """The others run as PEFT runs them, and the group is there again for the adapter that it was made for."""
+    model = attention()
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    kore.freeze_a(model)
+    x = inputs()
+    expected = {}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        expected[name] = model(x, x)
+    assert len(accelerate(model).groups) == 1
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(x, x), expected[name])
+    model.delete_adapter("other")
+    torch.testing.assert_close(model(x, x), expected["default"])
 
+
+def test_data_parallel_replicas_run_singly():
     model = accelerated_attention()
     x = inputs()
     expected = model(x, x)

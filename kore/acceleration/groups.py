@@ -148,17 +148,17 @@ class Group:
             self._unused += 1
         if self._leader not in (None, index):
             return None
-        every = [parts(member) for member in self.members]
-        Bs = [part.B for part in every]
-        if self._unused > self._used + 1 and not (self._trained and self._trained.unchanged(Bs)):
-            self.dissolve()
-            return None
         adapter = layer.active_adapters[0]
         for member in self.members:
             if member is not layer and not (covers(member, x) and member.active_adapters[0] == adapter):
                 return None
             if dropout_p(member):
                 return None
+        every = [parts(member) for member in self.members]
+        Bs = [part.B for part in every]
+        if self._unused > self._used + 1 and not (self._trained and self._trained.unchanged(Bs)):
+            self.dissolve()
+            return None
         if any(part.scaling != every[0].scaling or part.B.is_inference() for part in every):
             return None
         Rs = self._rotations(adapter, [part.A for part in every])
