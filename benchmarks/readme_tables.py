@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kore.bench.lora_peers import FROZEN, OURS
+from kore.bench.lora_peers import PEERS as LORA_PEERS
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -75,7 +76,8 @@ def lora() -> str:
     """The frozen-A layers and training steps of `python -m benchmarks.cpu_suite`."""
     stored = _load("cpu.json")
     layers, steps = stored["lora"], stored["step"]
-    names = list(dict.fromkeys(name for case in layers["cases"] for name in case["contenders"] if name != FROZEN))
+    timed = {name for case in layers["cases"] for name in case["contenders"]} - {FROZEN}
+    names = [peer.name for peer in LORA_PEERS if peer.name in timed]
     lines = [f"| layers | flop floor | {' | '.join(names)} |", "|---|--:|" + "--:|" * len(names)]
     for case in layers["cases"]:
         rows = case["contenders"]
@@ -92,9 +94,10 @@ def lora() -> str:
         "|---|--:|--:|--:|--:|",
     ]
     for name, row in steps["contenders"].items():
+        trained = f"{row['trained_parameters'] / 1e6:.1f} M" if row["trained_parameters"] else "–"
         lines.append(
             f"| {name} | {row['over_frozen']['median']:.2f} × | {row['tokens_per_second']:.0f} "
-            f"| {row['saved_bytes'] / 2**20:.1f} MiB | {row['trained_parameters'] / 1e6:.1f} M |"
+            f"| {row['saved_bytes'] / 2**20:.1f} MiB | {trained} |"
         )
     return "\n".join(lines) + (
         f"\n\nA step is forward, backward and AdamW; the frozen model stops at the gradient of its inputs. "

@@ -184,6 +184,7 @@ def test_a_rank_above_the_width_is_left_out():
         (["--tokens", "-1"], "--tokens: expected whole numbers above 0"),
         (["--dtype", "int8"], "--dtype: expected float32, bfloat16, float16, got 'int8'"),
         (["--backend", "triton", "--device", "cpu"], "KORE_BACKEND=triton cannot run"),
+        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_every_way_to_call_it_wrongly_is_one_line(words, message, capsys):
@@ -192,9 +193,10 @@ def test_every_way_to_call_it_wrongly_is_one_line(words, message, capsys):
     assert message in line
 
 
-def test_help_has_an_example(capsys):
-    assert main(["bench", "lora", "--help"]) == 0
-    assert re.search(r"Example:\s+kore bench lora", capsys.readouterr().out)
+@pytest.mark.parametrize("command", ["lora", "step"])
+def test_help_has_an_example(command, capsys):
+    assert main(["bench", command, "--help"]) == 0
+    assert re.search(rf"Example:\s+kore bench {command}", capsys.readouterr().out)
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +239,39 @@ def test_steps_are_checked_timed_and_weighed(stack):
     kept = {name: row["saved_bytes"] for name, row in rows.items()}
     assert kept[step_peers.OURS] == kept[step_peers.FROZEN] + 2 * 4 * (4 * 24 * 16)
     assert rows[step_peers.FROZEN]["resident_bytes"] < rows[step_peers.OURS]["resident_bytes"]
+
+
+def test_the_step_command_writes_a_table_and_numbers(tmp_path, capsys):
+    words = ["bench", "step", "--quick", "--device", "cpu", "--shape", "1,32,48,2,64", "--tokens", "9", "--rank", "5"]
+    assert main([*words, "--json", str(tmp_path / "new" / "a.json"), "--threads", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"kore.accelerate, merged\s+\d", shown) and "layers 1, width 32, inner 48, heads 2" in shown
+    assert max(len(line) for line in shown.splitlines() if "e-0" in line) <= 80
+    result = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert result["tokens"] == 9 and result["rank"] == 5 and result["backend"] == "native"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shape", "1,32,48"], "--shape: expected layers,width,inner,heads,vocabulary"),
+        (["--shape", "1,32,48,3,64"], "--shape: expected layers,width,inner,heads,vocabulary"),
+        (["--dtype", "float32,bfloat16"], "--dtype: expected float32, bfloat16, float16, got 'float32,bfloat16'"),
+        (["--rank", "65"], "--rank: expected at most the width 64, got 65 and 8"),
+    ],
+)
+def test_every_way_to_ask_wrongly_for_steps_is_one_line(words, message, capsys):
+    assert main(["bench", "step", "--quick", "--device", "cpu", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+@pytest.mark.skipif(PEFT_COMPILED in lora_peers.select(SINGLE, CPU)[1], reason="no C++ compiler")
+def test_the_compiled_peft_is_compiled_whole():
+    torch.compiler.reset()
+    peers = [peer for peer in running(SINGLE) if peer.name in (FROZEN, OURS, PEFT, PEFT_COMPILED)]
+    case = lora.measure(SINGLE, Clock(CPU), peers, rounds=1)
+    assert case["refused"] == {} and case["contenders"][PEFT_COMPILED]["saved_bytes"] == 4 * 16 * 5
 
 
 def test_a_model_whose_gradients_are_wrong_is_not_timed(stack, monkeypatch):

@@ -1,4 +1,4 @@
-"""The tables and the picture of ``kore bench lora``."""
+"""The table and the picture of ``kore bench lora``."""
 
 from __future__ import annotations
 

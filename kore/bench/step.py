@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kore.bench.check import PEER_TOLERANCE, allowed_error, check, difference
-from kore.bench.machine import name_of
+from kore.bench.machine import made_with, name_of
 from kore.bench.memory import peak_bytes, saved_bytes
-from kore.bench.step_peers import FROZEN, LIGER, OURS, Trained, builders, no_liger, peft_name
+from kore.bench.step_peers import FROZEN, LIGER, OURS, LlamaShape, Trained, builders, no_liger, peft_name, random_llama
 from kore.bench.timing import Clock, in_turn, ratio, summary
 
 Batch = Mapping[str, Tensor]
@@ -27,6 +28,26 @@ def text_batch(vocabulary: int, count: int, length: int, device: torch.device) -
     """Random text of which every token is a target."""
     ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0)).to(device)
     return {"input_ids": ids, "labels": ids}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`run` measures: a random Llama, one text of ``tokens``, and the ranks of :func:`measure`."""
+
+    shape: LlamaShape
+    tokens: int
+    rank: int
+    lora_rank: int
+    dtype: torch.dtype
+    rounds: int
+
+
+def run(plan: Plan, device: torch.device, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Steps of a random decoder stack, for JSON. Arguments and errors as for :func:`measure`."""
+    base = random_llama(plan.shape, device, plan.dtype)
+    batch = text_batch(plan.shape.vocabulary, 1, plan.tokens, device)
+    found = measure(base, batch, Clock(device), plan.rank, plan.lora_rank, plan.rounds, say=say)
+    return {**made_with("lora_fa_linears", device), "shape": asdict(plan.shape), **found}
 
 
 class Step:

@@ -112,6 +112,53 @@ def lora(
     _present(result, show_lora, output, json)
 
 
+def step(
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (CPU: float32, GPU: bfloat16), float32, ...")] = "auto",
+    shape: Annotated[
+        str | None, typer.Option(help="Decoder layers, width, inner width, heads and vocabulary, separated by commas.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Of the one text that every step reads.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the updates with a frozen A.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="Of PEFT's LoRA with a trained A.")] = None,
+    json: Numbers = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    rounds: Rounds = None,
+    quick: Quick = False,
+) -> None:
+    """Time whole training steps of a decoder stack: frozen, PEFT, accelerated, merged and official.
+
+    Loss and gradients of every model are checked against float64 first; models take turns.
+
+    Example: `kore bench step --shape 4,1024,2752,16,2048 --tokens 1024 --rank 64`
+    """
+    from kore.bench import show_step
+    from kore.bench.machine import DTYPES, resolve_device
+    from kore.bench.step import Plan, run
+    from kore.bench.step_peers import LlamaShape
+    from kore.errors import KoreError
+
+    place = resolve_device(device)
+    large, usual = place.type == "cuda" and not quick, "bfloat16" if place.type == "cuda" else "float32"
+    default = "4,4096,11008,32,32000" if large else "2,64,176,4,128" if quick else "2,1024,2752,16,2048"
+    sizes = _numbers("--shape", shape or default)
+    if len(sizes) != 5 or sizes[1] % (2 * sizes[3]):
+        raise KoreError(f"--shape: expected layers,width,inner,heads,vocabulary, width / heads even, got {shape!r}")
+    plan = Plan(
+        shape=LlamaShape(*sizes),
+        tokens=tokens or (8192 if large else 32 if quick else 512),
+        rank=rank or (12 if quick else 235),
+        lora_rank=lora_rank or (8 if quick else 128),
+        dtype=DTYPES[_one_of("--dtype", usual if dtype == "auto" else dtype, tuple(DTYPES))],
+        rounds=rounds or (3 if quick else 9),
+    )
+    if max(plan.rank, plan.lora_rank) > min(plan.shape.width, plan.shape.inner):
+        raise KoreError(f"--rank: expected at most the width {plan.shape.width}, got {plan.rank} and {plan.lora_rank}")
+    result = _measured(lambda say: run(plan, place, say), 8, place, backend, threads, (json,))
+    _present(result, show_step, None, json)
+
+
 def _measured(
     run: Callable[[Callable[[Any], None]], dict[str, Any]],
     total: int,
@@ -187,3 +234,4 @@ def _one_of(option: str, word: str, allowed: tuple[str, ...]) -> str:
 
 bench.command("covariance")(console.interruptible(covariance))
 bench.command("lora")(console.interruptible(lora))
+bench.command("step")(console.interruptible(step))
