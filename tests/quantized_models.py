@@ -46,9 +46,14 @@ def quantised_base(kind, dtype=torch.float32):
     name = "dtype" if Version(__version__) >= Version("4.56") else "torch_dtype"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         tiny_llama(**SIZES).save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=config, device_map="cpu", **{name: dtype}
-        )
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=config, device_map="cpu", **{name: dtype}
+            )
+        except (ImportError, RuntimeError, ValueError) as error:
+            if Version(__version__) >= Version("5"):
+                raise
+            pytest.skip(f"transformers {__version__} does not load {kind} on a CPU: {error}")
 
 
 def adapted(base, **config):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 
 import kore
 import kore_kernels as kk
@@ -74,14 +75,14 @@ def test_autocast(kind):
 
 @needs_bitsandbytes
 def test_the_compute_dtype_of_4_bit_layers_is_that_of_bitsandbytes():
-    model = quantised("nf4", torch.bfloat16)
-    layer, x = a_layer(model), torch.randn(3, 64)
-    theirs = layer(x)
-    compute = layer.base_layer.compute_dtype
-    accelerated(model)
-    ours = layer(x)
-    assert ours.dtype == theirs.dtype == torch.float32 and layer.base_layer.compute_dtype == compute == torch.bfloat16
-    assert (ours - theirs).norm() <= 2**-7 * theirs.norm()
+    x = torch.randn(3, 64)
+    plain, ours = (
+        a_layer(model) for model in (quantised("nf4", torch.bfloat16), accelerated(quantised("nf4", torch.bfloat16)))
+    )
+    expected, y = plain(x), ours(x)
+    assert y.dtype == expected.dtype == torch.float32
+    assert ours.base_layer.compute_dtype == plain.base_layer.compute_dtype
+    assert (y - expected).norm() <= 2**-7 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,6 +196,9 @@ def test_hooks_on_the_parts_of_a_layer_are_called(kind):
         assert len(calls) == 1
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.8"), reason="this torch compiles no layer whose weight is a tensor subclass"
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_without_a_break(kind):
     layer = a_layer(accelerated(quantised(kind)))

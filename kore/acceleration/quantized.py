@@ -50,7 +50,8 @@ class FusedQuantized(Fused):
         trains = layer.training or torch.is_grad_enabled()
         dtypes = quantisation.dtypes(layer.base_layer, x) if trains and covers(layer, x) else None
         if args or kwargs or dtypes is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            # Not super(): a hook may have kept this method for a layer that has its own class back.
+            return _plain(layer).forward(layer, x, *args, **kwargs)
         compute, out = dtypes
         _, bias, A, B, scaling = parts(layer)
         p = dropout_p(layer)
@@ -204,7 +205,12 @@ def _name(cls: type) -> str:
 
 
 def _quantisation(layer: Any) -> Quantisation:
-    return _QUANTISATIONS[_name(getattr(layer, "plain", type(layer)))]
+    return _QUANTISATIONS[_name(_plain(layer))]
+
+
+def _plain(layer: Any) -> type[nn.Module]:
+    """PEFT's class of a layer."""
+    return getattr(layer, "plain", type(layer))
 
 
 def _fused(plain: type[nn.Module]) -> type[Fused]:
