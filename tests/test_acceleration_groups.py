@@ -190,12 +190,13 @@ def test_gradient_checkpointing(reentrant, kind, calls):
 
 def test_inference_and_generation(calls):
     model = kore_model().eval()
-    ids = make_batch("llama")["input_ids"][:1]
+    ids = make_batch("llama")["input_ids"]
     arguments = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     theirs = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
     accelerate(model)
     ours = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
-    assert torch.equal(ours.sequences, theirs.sequences) and calls["lora_fa_linears"] >= 24 and not held(model)
+    assert torch.equal(ours.sequences, theirs.sequences) and not held(model)
+    assert grouped(calls)  # in the prompt; the steps of three rows after it are PEFT's
     for a, b in zip(ours.logits, theirs.logits):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with torch.inference_mode():

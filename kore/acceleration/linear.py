@@ -15,13 +15,16 @@ from kore.acceleration.hooks import hooked, replaced
 if TYPE_CHECKING:
     from kore.acceleration.groups import Group
 
+# Without gradients and with fewer rows, what is saved on tensors is less than the call of the operation costs.
+FEW_ROWS = 32
+
 
 class FusedLinear(Fused, Linear):
     """A PEFT LoRA layer that computes y = xWᵀ + b + s (drop(x)Aᵀ)Bᵀ with :func:`kore_kernels.lora_fa_linear`.
 
     Parameters, state dict and settings are the PEFT layer's own. A call that the fused operation does not cover (see
     :func:`refusal`; also adapters switched off, merged, mixed in one batch, hooks on the parts of the layer, weights
-    that are elsewhere) takes PEFT's forward pass.
+    that are elsewhere) takes PEFT's forward pass; so do the few rows of a step of generation.
     """
 
     plain = Linear
@@ -30,7 +33,8 @@ class FusedLinear(Fused, Linear):
     _fused_merged = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not covers(self, x):
+        few = not torch.is_grad_enabled() and x.shape[:-1].numel() < FEW_ROWS
+        if args or kwargs or few or not covers(self, x):
             # Not super(): a hook may have kept this method for a layer that has its own class back.
             return Linear.forward(self, x, *args, **kwargs)
         if not torch.compiler.is_compiling() and self._fused_group is not None:
@@ -84,17 +88,18 @@ def refusal(layer: Any) -> str | None:
 
 def adapter_refusal(layer: Any) -> str | None:
     """Why a LoRA layer, whatever its base, in its present state cannot run fused, or None."""
-    if len(layer.active_adapters) != 1:
-        return f"{len(layer.active_adapters)} active adapters"
-    (adapter,) = layer.active_adapters
-    if adapter not in layer.lora_A:
+    adapters, base, As = layer.active_adapters, layer.base_layer, layer.lora_A
+    if len(adapters) != 1:
+        return f"{len(adapters)} active adapters"
+    (adapter,) = adapters
+    if adapter not in As:
         return "the active adapter does not change it"
     if getattr(layer, "use_dora", {}).get(adapter) or adapter in getattr(layer, "lora_variant", {}):
         return "DoRA or another variant of LoRA"
-    A, B, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    A, B, dropout = As[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
     if A.weight.requires_grad:
         return "A is trained; kore.freeze_a(model) freezes it"
-    if layer.base_layer.weight.requires_grad:
+    if base.weight.requires_grad:
         return "its base weight is trained"
     if A.bias is not None or B.bias is not None:
         return "the adapter has a bias"
@@ -104,7 +109,7 @@ def adapter_refusal(layer: Any) -> str | None:
         return "its dropout drops everything"
     # The compiler of torch 2.6 cannot look into instances; what it gets was looked at before.
     compiling = torch.compiler.is_compiling()
-    if not compiling and ("forward" in vars(layer) or any(replaced(part) for part in (layer.base_layer, A, B))):
+    if not compiling and ("forward" in vars(layer) or any(replaced(part) for part in (base, A, B))):
         return "its forward pass was replaced on the layer itself, for example by a hook of accelerate"
     return None
 
@@ -121,10 +126,10 @@ def covers(layer: Any, x: Tensor) -> bool:
     base, A, B = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
     if hooked(base, A, B, layer.lora_dropout[adapter]):
         return False
-    W, a, b = base.weight, A.weight, B.weight
-    if any(part.weight.shape != (part.out_features, part.in_features) for part in (base, A, B)):
+    W, bias, a, b = base.weight, base.bias, A.weight, B.weight
+    if any(w.shape != (part.out_features, part.in_features) for w, part in ((W, base), (a, A), (b, B))):
         return False
-    if base.bias is not None and base.bias.requires_grad:
+    if bias is not None and bias.requires_grad:
         return False
     if not x.device == W.device == a.device == b.device or a.dtype != b.dtype:
         return False
