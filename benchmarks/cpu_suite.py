@@ -28,7 +28,7 @@ from kore.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "cpu.json"
 CPU = torch.device("cpu")
-RANK = 235
+RANK, LORA_RANK = 235, 128
 SHAPES = ((2048, (2048,)), (2048, (5504,)), (2048, (2048,) * 3), (2048, (5504,) * 2))
 LAYERS = [Case(d_in, d_out, 1024, RANK, torch.float32) for d_in, d_out in SHAPES]
 STACK = step_peers.LlamaShape(layers=2, width=1024, inner=2752, heads=16, vocabulary=2048)
@@ -93,7 +93,7 @@ def training_step(rounds: int) -> dict[str, Any]:
     """A training step of a small decoder stack, adapted in different ways."""
     base = step_peers.random_llama(STACK, CPU, torch.float32)
     batch = step.text_batch(STACK.vocabulary, 1, 512, CPU)
-    found = step.measure(base, batch, Clock(CPU), RANK, 128, rounds, seconds=30.0)
+    found = step.measure(base, batch, Clock(CPU), RANK, LORA_RANK, rounds, seconds=30.0)
     for name, row in found["contenders"].items():
         print(
             f"{name}: {row['tokens_per_second']:.0f} tokens/s, {row['over_frozen']['median']:.3f} of frozen", flush=True
