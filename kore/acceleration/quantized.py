@@ -147,7 +147,7 @@ def _refusal_8bit(base: Any) -> str | None:
     import bitsandbytes.functional
 
     if not hasattr(bitsandbytes.functional, "int8_vectorwise_dequant"):
-        return "bitsandbytes is older than 0.45"
+        return "bitsandbytes is older than 0.45, its layout of the weight is another"
     if base.weight.dtype != torch.int8:
         return "its base weight is not quantised yet"
     if _scales(base) is None:
@@ -160,13 +160,12 @@ def _dtypes_8bit(base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _dequantizer_8bit(base: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
-    from bitsandbytes.functional import int8_vectorwise_dequant
-
+    # As in the backward pass of bitsandbytes; its int8_vectorwise_dequant needs two float32 temporaries beside W.
     weight, scales = base.weight.data, _scales(base)
-    return lambda: int8_vectorwise_dequant(weight, scales).to(dtype)
+    return lambda: weight.to(dtype).mul_(scales.unsqueeze(1).div(127))
 
 
-def _scales(base: Any) -> Tensor | None:
+def _scales(base: Any) -> Any:
     """Of the rows of W; the first forward pass of bitsandbytes moves them from the weight to the state."""
     return base.weight.SCB if base.state.SCB is None else base.state.SCB
 
