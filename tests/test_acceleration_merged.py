@@ -114,9 +114,9 @@ def test_training_merged_in_bfloat16_follows_the_exact_run():
                 parameter.data = parameter.data.float()
         set_B(model, 1e-2)
         assert not accelerate(model, mode=mode).exact
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         batch, losses = make_batch("llama"), []
-        for _ in range(15):
+        for _ in range(40):
             loss = model(**batch).loss
             optimizer.zero_grad()
             loss.backward()
@@ -125,7 +125,7 @@ def test_training_merged_in_bfloat16_follows_the_exact_run():
         return losses
 
     exact, merged = train("exact"), train("merged")
-    assert exact[-1] < exact[0] - 0.2
+    assert exact[-1] < exact[0] - 0.4
     assert merged == pytest.approx(exact, rel=5e-3)
 
 
