@@ -58,6 +58,31 @@ def test_the_clock_times_the_step_alone():
     assert ratio([4.0, 9.0, 8.0], [2.0, 3.0, 8.0]) == {"median": 2.0, "least": 1.0, "most": 3.0}
 
 
+def test_a_host_that_is_too_slow_for_a_gpu_is_told_and_gets_more_time(monkeypatch):
+    class Event:
+        """Of a device that does everything at once."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock(CPU)
+    clock.device, clock._buffer, clock._fill_seconds = torch.device("cuda"), torch.zeros(4), 0.03
+    waits = [clock.laps(lambda: time.sleep(0.01), lambda: time.sleep(0.03)) for _ in range(2)]
+    assert all(10 <= short < 30 <= long < 100 for short, long in waits)
+    assert clock._fills == 2 and not clock.launch_bound
+    assert clock.milliseconds(lambda: time.sleep(0.1)) >= 100 and clock.launch_bound and clock._fills == 4
+
+
 def test_the_floor_is_the_larger_of_traffic_and_arithmetic():
     roofline = Roofline(1e9, {"float32": 1e9})
     assert roofline.floor(1000, 1, torch.float32) == (pytest.approx((4 * 1000 * 1001 + 4000) / 1e9), "memory")

@@ -36,7 +36,7 @@ class Clock:
         self._fills, self._fill_seconds = 1, 0.0
         if device.type == "cuda":
             self._buffer.fill_(1.0)
-            self._fill_seconds = 1e-3 * self._events([lambda: self._buffer.fill_(0.0)])[0]
+            self._fill_seconds = 1e-3 * self._events([lambda: self._buffer.fill_(0.0)])[0][0]
 
     def milliseconds(self, step: Step) -> float:
         """The time of one call."""
@@ -47,7 +47,11 @@ class Clock:
         if self.device.type == "cuda":
             for _ in range(self._fills):
                 self._buffer.fill_(0.0)
-            return self._events(steps)
+            times, enqueueing = self._events(steps)
+            self.launch_bound = enqueueing > self._fills * self._fill_seconds
+            if self.launch_bound:
+                self._fills = min(2 * self._fills, _MOST_FILLS)
+            return times
         self._buffer.add_(1.0)
         marks = [time.perf_counter()]
         for step in steps:
@@ -55,18 +59,17 @@ class Clock:
             marks.append(time.perf_counter())
         return [1e3 * (end - begin) for begin, end in itertools.pairwise(marks)]
 
-    def _events(self, steps: Sequence[Step]) -> list[float]:
+    def _events(self, steps: Sequence[Step]) -> tuple[list[float], float]:
+        """The milliseconds of every step on the device, and the seconds that the host took to enqueue them all."""
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
         started = time.perf_counter()
         marks[0].record()
         for step, mark in zip(steps, marks[1:]):
             step()
             mark.record()
-        self.launch_bound = time.perf_counter() - started > self._fills * self._fill_seconds
-        if self.launch_bound:
-            self._fills = min(2 * self._fills, _MOST_FILLS)
+        enqueueing = time.perf_counter() - started
         marks[-1].synchronize()
-        return [float(begin.elapsed_time(end)) for begin, end in itertools.pairwise(marks)]
+        return [float(begin.elapsed_time(end)) for begin, end in itertools.pairwise(marks)], enqueueing
 
     def wall_seconds(self, step: Step) -> float:
         """The time of one long call by the host's clock, from an idle device to an idle device."""
