@@ -10,6 +10,8 @@ public function        computes                                                 
 ``backends``           what can run here, and why not                                   ``dispatch.py``
 =====================  ===============================================================  =====================
 
+``lora_fa_linear`` has dropout on its second term and a merged mode.
+
 In each folder: ``op.py`` (public function, argument checks, torch.library registration), ``reference.py`` (the
 definition in plain PyTorch), ``native.py`` (CPU), ``triton.py`` (NVIDIA GPUs) and ``configs.py`` (its tile sizes).
 ``KORE_BACKEND=auto|native|triton|reference`` chooses, at each call; ``dispatch.py`` says how ``auto`` decides.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,17 +12,27 @@ def padded(rank: int) -> int:
 
 def pad_columns(matrix: Tensor) -> Tensor:
     """(n, r) contiguous with zero columns up to a multiple of 16; itself if that is what it is."""
-    r = matrix.shape[1]
-    return F.pad(matrix, (0, padded(r) - r)).contiguous()
+    n, r = matrix.shape
+    return _zeros_around(matrix, n, padded(r)) if r % 16 else matrix.contiguous()
 
 
 def pad_rows(matrix: Tensor) -> Tensor:
     """(r, n) with zero rows up to a multiple of 16; itself if it has such a number."""
-    r = matrix.shape[0]
-    return F.pad(matrix, (0, 0, 0, padded(r) - r)) if r % 16 else matrix
+    r, n = matrix.shape
+    return _zeros_around(matrix, padded(r), n) if r % 16 else matrix
 
 
 def pad(square: Tensor) -> Tensor:
-    """(r, r) with zero rows and columns up to a multiple of 16."""
-    extra = padded(square.shape[0]) - square.shape[0]
-    return F.pad(square, (0, extra, 0, extra)).contiguous()
+    """(r, r) contiguous with zero rows and columns up to a multiple of 16."""
+    r = square.shape[0]
+    return _zeros_around(square, padded(r), padded(r)) if r % 16 else square.contiguous()
+
+
+def _zeros_around(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """Written once, where ``F.pad`` fills the whole with zeros first."""
+    n, r = matrix.shape
+    out = matrix.new_empty(rows, columns)
+    out[:n, :r] = matrix
+    out[n:] = 0
+    out[:n, r:] = 0
+    return out

@@ -1,4 +1,8 @@
-"""lora_fa_linear on the CPU: the same products as the definition, added in place instead of one pass each."""
+"""lora_fa_linear on the CPU: the same products as the definition, added in place instead of one pass each.
+
+A rank such as 235 is padded for the products, which take less time so. Under dropout, and where A and B are wider than
+x, the low-rank products go by blocks of rows: neither a dropped copy of x nor a product of y's size is made whole.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """lora_fa_linear on NVIDIA GPUs, from two kernels.
 
 ``_two_products`` computes out = L R + bias + s P Q in one pass over the output: the forward product
-(x Wᵀ + b + s h Bᵀ), the input gradient (g W + s gB A) and, without P and Q, h = x Aᵀ. The low-rank product comes
-first, so that one accumulator serves both.
+(x Wᵀ + b + s h Bᵀ), the input gradient (g W + s gB A) and, without P and Q, h = x Aᵀ and the merged weight s B A + W.
+The low-rank product comes first, so that one accumulator serves both. Under dropout the tiles of x, or the sums of
+gB A before g W is added to them, lose what the mask drops; the mask of a tile is computed where it is needed.
 
 ``_gradients`` computes gB = g B and dB = gᵀ h. Both in one register-resident pass over g would need float32 partial
 results larger than g itself (one of the two is always summed across programs), so the rows of g are taken in chunks
