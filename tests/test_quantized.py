@@ -13,8 +13,9 @@ from packaging.version import Version
 import kore
 import kore_kernels as kk
 from kore.acceleration.quantized import FusedQuantized
+from kore.adapter.factors import thin_init
 from tests.acceleration_models import assert_same_step, step
-from tests.batches import make_batch
+from tests.batches import make_batch, make_batches
 from tests.quantized_models import (
     KINDS,
     dequantised,
@@ -23,6 +24,7 @@ from tests.quantized_models import (
     needs_bitsandbytes,
     needs_torchao,
     quantised,
+    quantised_base,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -264,3 +266,19 @@ import kore.acceleration.run
 assert "kore.acceleration.quantized" in sys.modules and not packages & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_after_a_capture_takes_the_weights_as_they_compute(kind):
+    base, fresh = quantised_base(kind), quantised_base(kind)
+    names = kore.models.language_model_linears(base)
+    weights = {name: dequantised(fresh.get_submodule(name)).double() for name in names}
+    covariance = kore.capture_covariance(base, make_batches("llama"), progress=False)
+    made = kore.get_kore_model(base, covariance, kore.KoreConfig(rank=5), progress=False)
+    for name in names:
+        basis = kore.null_space(covariance[name], 5).basis
+        A = made.base_model.model.get_submodule(name).lora_A["default"].weight.detach().double()
+        expected = thin_init(weights[name], basis)
+        expected = expected.mT @ expected
+        # Where bitsandbytes packs 4-bit weights for inference it rounds their scales to bfloat16, for good.
+        assert (A.mT @ A - expected).norm() <= (1e-5 if kind in ("int8", "torchao") else 2**-8) * expected.norm()

@@ -132,7 +132,11 @@ def _weight(name: str, linear: Any) -> torch.Tensor:
         weight = linear.weight
         if weight.is_meta:
             raise ModelError(f"{name}: its weight is on the meta device; load the model with its weights")
-        if not weight.is_floating_point():
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            linear.state_dict()  # bitsandbytes packs 4-bit weights for inference on some CPUs, and unpacks them here
+        if type(weight).__module__.startswith("torchao."):
+            weight = weight.dequantize()
+        elif not weight.is_floating_point():
             weight = dequantize_module_weight(linear)
         weight = weight.detach().cpu()
     return weight.mT if isinstance(linear, Conv1D) else weight
