@@ -14,6 +14,7 @@ import kore
 import kore_kernels as kk
 from kore.acceleration.quantized import FusedQuantized
 from kore.adapter.factors import thin_init
+from kore.errors import ModelError
 from tests.acceleration_models import assert_same_step, step
 from tests.batches import make_batch, make_batches
 from tests.quantized_models import (
@@ -269,16 +270,17 @@ assert "kore.acceleration.quantized" in sys.modules and not packages & set(sys.m
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_init_after_a_capture_takes_the_weights_as_they_compute(kind):
-    base, fresh = quantised_base(kind), quantised_base(kind)
+def test_init_takes_the_dequantised_weights(kind):
+    base = quantised_base(kind)
     names = kore.models.language_model_linears(base)
-    weights = {name: dequantised(fresh.get_submodule(name)).double() for name in names}
+    weights = {name: dequantised(base.get_submodule(name)).double() for name in names}
     covariance = kore.capture_covariance(base, make_batches("llama"), progress=False)
+    if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in base.parameters()):
+        with pytest.raises(ModelError, match=f"{names[0]}: .*load the model again"):
+            kore.get_kore_model(base, covariance, kore.KoreConfig(rank=5), progress=False)
+        base = quantised_base(kind)
     made = kore.get_kore_model(base, covariance, kore.KoreConfig(rank=5), progress=False)
     for name in names:
-        basis = kore.null_space(covariance[name], 5).basis
+        expected = thin_init(weights[name], kore.null_space(covariance[name], 5).basis)
         A = made.base_model.model.get_submodule(name).lora_A["default"].weight.detach().double()
-        expected = thin_init(weights[name], basis)
-        expected = expected.mT @ expected
-        # Where bitsandbytes packs 4-bit weights for inference it rounds their scales to bfloat16, for good.
-        assert (A.mT @ A - expected).norm() <= (1e-5 if kind in ("int8", "torchao") else 2**-8) * expected.norm()
+        torch.testing.assert_close(A.mT @ A, expected.mT @ expected, rtol=1e-4, atol=1e-6)

@@ -133,7 +133,10 @@ def _weight(name: str, linear: Any) -> torch.Tensor:
         if weight.is_meta:
             raise ModelError(f"{name}: its weight is on the meta device; load the model with its weights")
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            linear.state_dict()  # bitsandbytes packs 4-bit weights for inference on some CPUs, and unpacks them here
+            raise ModelError(
+                f"{name}: bitsandbytes packed its 4-bit weight for inference on this CPU, for good; "
+                "load the model again for the adapter"
+            )
         if type(weight).__module__.startswith("torchao."):
             weight = weight.dequantize()
         elif not weight.is_floating_point():
