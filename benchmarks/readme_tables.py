@@ -60,9 +60,6 @@ def kernels() -> str:
     for name, share in stored["capture"]["overhead_of_official"].items():
         faster = f"{1 / share['of_medians']:.2f} × (best times: {1 / share['of_best']:.2f} ×)"
         lines.append(f"| {name}: time added to a forward pass of a small LLaVA | official hooks | {faster} |")
-    for case in stored["lora"]["cases"]:
-        if "peer" in case:
-            lines.append(f"| {case['case']} | `{case['peer']}` | {_ratio(case['speed_up'])} |")
     gpu = "" if (HERE / "results" / "gpu.json").exists() else " No GPU result exists yet."
     rounds, threads = updates["cases"][0]["rounds"], updates["machine"]["threads"]
     return "\n".join(lines) + (
