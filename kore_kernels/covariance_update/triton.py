@@ -40,7 +40,9 @@ def covariance_update(
     may_use_tma = mask is None and gpu.has_tma(C)
     tma = may_use_tma and gpu.tma_reads(x)
     if not tma and not gpu.vectors_read(x):
-        x, tma = pad_columns(x), may_use_tma
+        # A copy in any case: new memory is aligned, which a contiguous x need not be.
+        x = pad_columns(x) if d % 16 else x.clone(memory_format=torch.contiguous_format)
+        tma = may_use_tma
     in_pieces = weight is not None or x.dtype == torch.float32
     config = gpu.pick(configs.IN_PIECES if in_pieces else configs.AS_IS_TMA if tma else configs.AS_IS, C)
     strips = triton.cdiv(d, config.block_i)
