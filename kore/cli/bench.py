@@ -159,6 +159,43 @@ def step(
     _present(result, show_step, None, json)
 
 
+def init(
+    device: Device = "auto",
+    width: Annotated[int | None, typer.Option(min=8, help="d of the layer.")] = None,
+    inner: Annotated[int | None, typer.Option(min=8, help="d_in of down_proj.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1)] = None,
+    json: Numbers = None,
+    threads: Threads = None,
+    rounds: Rounds = None,
+    quick: Quick = False,
+) -> None:
+    """Time the adapter factors of a decoder layer beside the published recipe's full decompositions.
+
+    Null spaces are checked against float64 first: energy at most 1.02 of the smallest possible, or that of the recipe.
+
+    Example: `kore bench init --width 4096 --inner 11008 --rank 235 --rounds 1`
+    """
+    from kore.bench import show_init
+    from kore.bench.init import Plan, run
+    from kore.bench.machine import resolve_device
+    from kore.errors import KoreError
+
+    place = resolve_device(device)
+    large = place.type == "cuda" and not quick
+    width = width or (4096 if large else 96 if quick else 1024)
+    plan = Plan(
+        width=width,
+        inner=inner or (11008 if large else 160 if quick else 2752),
+        rank=rank or (235 if large else 12 if quick else 64),
+        rounds=rounds or 3,
+    )
+    if plan.rank > min(plan.width, plan.inner):
+        raise KoreError(f"--rank: expected at most d = {min(plan.width, plan.inner)}, got {plan.rank}")
+    total = 3 * (plan.rounds + 1)
+    result = _measured(lambda say: run(plan, place, say), total, place, None, threads, (json,))
+    _present(result, show_init, None, json)
+
+
 def _measured(
     run: Callable[[Callable[[Any], None]], dict[str, Any]],
     total: int,
@@ -234,4 +271,5 @@ def _one_of(option: str, word: str, allowed: tuple[str, ...]) -> str:
 
 bench.command("covariance")(console.interruptible(covariance))
 bench.command("lora")(console.interruptible(lora))
+bench.command("init")(console.interruptible(init))
 bench.command("step")(console.interruptible(step))
