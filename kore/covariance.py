@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 KIND = "covariance"
+BALANCED = "balanced"
 _FULL = "covariance"  # the whole matrix, as files of schema version 1 hold it
 
 
@@ -52,6 +53,7 @@ class CovarianceSet:
         normalize: The row scaling of the capture, ``"none"`` or ``"official"``.
         selection: The ``tokens`` argument of the capture: which rows of the language model were counted.
         dtype: In which the sums were formed, ``"float32"`` or ``"float64"``; None where it is not known.
+        merged_from: How :func:`merge_covariance` made the set, as JSON-serialisable values; None for a captured one.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class CovarianceSet:
         normalize: str = "none",
         selection: str = "all",
         dtype: str | None = None,
+        merged_from: Mapping[str, Any] | None = None,
     ) -> None:
         self.groups: tuple[Group, ...] = tuple(groups)
         self.fingerprint = dict(fingerprint)
         self.normalize, self.selection, self.dtype = normalize, selection, dtype
+        self.merged_from = None if merged_from is None else dict(merged_from)
         self._matrices = dict(matrices)
         self._group_of = {module: group for group in self.groups for module in group.modules}
 
@@ -113,6 +117,7 @@ class CovarianceSet:
                 "normalize": self.normalize,
                 "selection": self.selection,
                 "dtype": self.dtype,
+                "merged_from": self.merged_from,
                 "fingerprint": self.fingerprint,
             }
             write_manifest(directory, KIND, fields)
@@ -195,54 +200,96 @@ def load_covariance(path: str | os.PathLike[str]) -> CovarianceSet:
         manifest.get("normalize", "none"),
         manifest.get("selection", "all"),
         manifest.get("dtype"),
+        manifest.get("merged_from"),
     )
 
 
-def merge_covariance(sets: Sequence[CovarianceSet], weights: Sequence[float] | None = None) -> CovarianceSet:
-    """The weighted sum Σ_k w_k C_k of covariance sets, as if their data had been captured in one run.
+def merge_covariance(
+    sets: Sequence[CovarianceSet] | Mapping[str, CovarianceSet], weights: Sequence[float] | str | None = None
+) -> CovarianceSet:
+    """The weighted sum Σ_k w_k C_k of covariance sets.
+
+    With weights None the result is what one run over all the data would have captured. ``"balanced"`` gives every
+    set the same say, however many tokens it has and however large its inputs are: for each matrix by itself
+    w_k = T / (n · tr C_k), where T = Σ_k tr C_k and n counts the sets whose C_k is not 0. So each of those n
+    contributes the trace T / n, and the trace of the result is that of the plain sum. The eigenvectors are those of
+    Σ_k C_k / tr C_k.
 
     Args:
-        sets: Sets of the same model and the same modules.
-        weights: One finite weight ≥ 0 for each set, not all 0; None for 1 each. Token counts are added
-            unweighted, over the sets whose weight is not 0.
+        sets: Sets of the same model and the same modules, by name or without names.
+        weights: One finite weight ≥ 0 for each set, not all 0; None for 1 each; or ``"balanced"``. Token counts are
+            added unweighted, over the sets whose weight is not 0.
 
     Returns:
-        A set that computes a sum when it is asked for a matrix; the ``sets`` are not changed.
+        A set that computes a sum when it is asked for a matrix; the ``sets`` are not changed. Its ``merged_from``
+        (also in its manifest) holds the weights, and the name and the largest token count of each set.
 
     Raises:
         KoreError: The sets differ in model, modules, grouping, row scaling, selected tokens or dtype, or a weight
             is wrong.
     """
-    sets = list(sets)
+    names = list(sets) if isinstance(sets, Mapping) else [None] * len(sets)
+    sets = list(sets.values()) if isinstance(sets, Mapping) else list(sets)
     if not sets:
         raise KoreError("merge_covariance: expected at least one covariance set, got none")
-    factors = [1.0] * len(sets) if weights is None else [float(weight) for weight in weights]
-    if len(factors) != len(sets):
-        raise KoreError(f"merge_covariance: expected {len(sets)} weights, one for each set, got {len(factors)}")
-    if any(not math.isfinite(w) or w < 0 for w in factors) or not any(factors):
-        raise KoreError(f"merge_covariance: expected finite weights ≥ 0 that are not all 0, got {factors}")
+    balanced = isinstance(weights, str) and weights == BALANCED
+    factors = [1.0] * len(sets) if balanced or weights is None else _factors(weights, len(sets))
     first = sets[0]
     for index, other in enumerate(sets[1:], start=1):
         _check_same(first, other, index)
     kept = [(cov, factor) for cov, factor in zip(sets, factors) if factor]
     groups = [replace(group, tokens=sum(cov.tokens(group.name) for cov, _ in kept)) for group in first.groups]
-    matrices = {group.name: _Sum(group.name, kept) for group in groups}
-    return CovarianceSet(matrices, groups, first.fingerprint, first.normalize, first.selection, first.dtype)
+    matrices = {group.name: _Sum(group.name, kept, balanced) for group in groups}
+    merged_from = {
+        "weights": BALANCED if balanced else factors,
+        "sets": [
+            {"name": name, "tokens": max((group.tokens for group in cov.groups), default=0)}
+            for name, cov in zip(names, sets)
+        ],
+    }
+    return CovarianceSet(
+        matrices, groups, first.fingerprint, first.normalize, first.selection, first.dtype, merged_from
+    )
+
+
+def _factors(weights: Sequence[float] | str, count: int) -> list[float]:
+    if isinstance(weights, str):
+        raise KoreError(f"merge_covariance: expected numbers, None or {BALANCED!r} as weights, got {weights!r}")
+    factors = [float(weight) for weight in weights]
+    if len(factors) != count:
+        raise KoreError(f"merge_covariance: expected {count} weights, one for each set, got {len(factors)}")
+    if any(not math.isfinite(w) or w < 0 for w in factors) or not any(factors):
+        raise KoreError(f"merge_covariance: expected finite weights ≥ 0 that are not all 0, got {factors}")
+    return factors
 
 
 class _Sum:
-    def __init__(self, module: str, parts: list[tuple[CovarianceSet, float]]) -> None:
-        self.module, self.parts = module, parts
+    """Computes one merged matrix when called; reads each part once and keeps none."""
+
+    def __init__(self, module: str, parts: list[tuple[CovarianceSet, float]], balanced: bool) -> None:
+        self.module, self.parts, self.balanced = module, parts, balanced
 
     def __call__(self) -> torch.Tensor:
         import torch
 
-        cov, factor = self.parts[0]
-        total = cov[self.module] * factor
-        for cov, factor in self.parts[1:]:
-            part = cov[self.module].to(total.device)
-            total = total.to(torch.promote_types(total.dtype, part.dtype)).add_(part, alpha=factor)
-        return total
+        total: torch.Tensor | None = None
+        traces = []
+        for cov, factor in self.parts:
+            part = cov[self.module]
+            if self.balanced:
+                trace = float(part.diagonal().double().sum())
+                if trace == 0:
+                    total = torch.zeros_like(part) if total is None else total
+                    continue
+                traces.append(trace)
+                factor = 1 / trace
+            if total is None:
+                total = part * factor
+            else:
+                part = part.to(total.device)
+                total = total.to(torch.promote_types(total.dtype, part.dtype)).add_(part, alpha=factor)
+        assert total is not None
+        return total.mul_(sum(traces) / len(traces)) if traces else total
 
 
 def _check_same(first: CovarianceSet, other: CovarianceSet, index: int) -> None:

@@ -168,3 +168,52 @@ def test_a_manifest_without_groups_and_a_directory_of_another_kind(tmp_path):
         load_covariance(tmp_path / "c")
     with pytest.raises(ArtifactError, match="no such covariance"):
         load_covariance(tmp_path / "nothing")
+
+
+def spread_set(scale: float, seed: int, dtype: torch.dtype = torch.float64) -> CovarianceSet:
+    """Group a of trace ~ scale, group c 0."""
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed), dtype=dtype) * scale**0.5
+    groups = [Group("a", ("a", "b"), 3, 7), Group("c", ("c",), 2, 7)]
+    return CovarianceSet({"a": x.T @ x, "c": torch.zeros(2, 2, dtype=dtype)}, groups, {}, dtype="float64")
+
+
+def test_balanced_gives_every_set_the_same_trace():
+    sets = [spread_set(1.0, 0), spread_set(1e6, 1), spread_set(1e-4, 2)]
+    C = [one["a"] for one in sets]
+    total = sum(matrix.trace() for matrix in C)
+    expected = sum(matrix / matrix.trace() for matrix in C) * total / 3
+    merged = merge_covariance(sets, weights="balanced")
+    torch.testing.assert_close(merged["b"], expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(merged["a"].trace(), total, rtol=1e-13, atol=0)
+    assert merged.tokens("a") == 21 and torch.equal(merged["c"], torch.zeros(2, 2, dtype=torch.float64))
+    assert all(torch.equal(one["a"], before) for one, before in zip(sets, C))
+    alone = merge_covariance(sets[:1], weights="balanced")
+    torch.testing.assert_close(alone["a"], C[0], rtol=1e-13, atol=0)
+
+
+def test_a_set_that_is_zero_does_not_count_in_the_balance():
+    zero = spread_set(0.0, 3)
+    for order in ([zero, spread_set(1.0, 0)], [spread_set(1.0, 0), zero]):
+        torch.testing.assert_close(merge_covariance(order, "balanced")["a"], spread_set(1.0, 0)["a"])
+
+
+def test_balancing_is_lazy_and_says_how_it_was_made(tmp_path):
+    parts = {"general": spread_set(1.0, 0), "maths": spread_set(9.0, 1)}
+    for name, part in parts.items():
+        part.save(tmp_path / name)
+    merged = merge_covariance({name: load_covariance(tmp_path / name) for name in parts}, weights="balanced")
+    merged.save(tmp_path / "merged")
+    stored = load_covariance(tmp_path / "merged")
+    assert torch.equal(stored["a"], merged["a"])
+    sets = [{"name": "general", "tokens": 7}, {"name": "maths", "tokens": 7}]
+    assert stored.merged_from == merged.merged_from == {"weights": "balanced", "sets": sets}
+    assert merge_covariance(list(parts.values()), [1, 3]).merged_from["weights"] == [1.0, 3.0]
+    assert load_covariance(tmp_path / "maths").merged_from is None
+    (tmp_path / "maths" / "group-00000.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="no such file"):
+        merged["a"]
+
+
+def test_an_unknown_kind_of_weights_is_named(halves):
+    with pytest.raises(KoreError, match="None or 'balanced' as weights, got 'equal'"):
+        merge_covariance(halves[1:], weights="equal")
