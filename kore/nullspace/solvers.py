@@ -12,7 +12,7 @@ _LEAST_EXTRA, _EXTRA_SHARE = 32, 8
 # Random vectors that measure the excess energy.
 _PROBES = 16
 # The first shift, in units of the rounding of the equilibrated matrix, and how it grows until a factor exists.
-_SHIFT, _SHIFT_GROWTH = 0.02, 5.0
+_SHIFT, _SHIFT_GROWTH = 0.004, 5.0
 
 
 def solve_eigh(C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
