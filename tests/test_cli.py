@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from kore.cli import console, main
-from kore.covariance import load_covariance
+from kore.covariance import load_covariance, merge_covariance
 from tests.tiny import save_tiny, tiny_conversations
 
 COMMANDS = ["demo", "run", "capture", "init", "train", "merge", "convert", "eval", "doctor"]
@@ -112,6 +113,44 @@ def test_capture_chooses_tokens_and_keeps_to_a_budget(work, tmp_path, capsys):
         ("alone needs", ["--memory-budget", "1KiB"]),
     ):
         assert line in fails(capsys, [*capture, "-o", tmp_path / "wrong", *words])
+
+
+def test_capture_balances_the_groups_of_old_data_and_goes_on_where_it_was_stopped(work, tmp_path, monkeypatch):
+    import kore.capture
+
+    rows = json.loads((work / "data" / "conversations.json").read_text())
+    for name, part in (("first", rows[:1]), ("second", rows[1:3]), ("third", rows[3:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+
+    def capture(output, names, *words):
+        data = [word for name in names for word in ("-d", f"{tmp_path}/{name}.json")]
+        command = ["capture", "-m", f"{work}/model", *data, "-o", f"{tmp_path}/{output}", "--device", "cpu"]
+        assert main([*command, "--set", "capture.dtype=float64", *words]) == 0
+        return load_covariance(tmp_path / output)
+
+    first, second = capture("c1", ["first"]), capture("c2", ["second", "third"], "--set", "old.groups=[x, x]")
+    everything, wanted = ["first", "second", "third"], merge_covariance([first, second], weights="balanced")
+    plain = capture("plain", everything, "--set", "old.balance=false")
+    calls, real = [], kore.capture.capture_covariance
+
+    def stopped(*args, **kwargs):
+        calls.append(kwargs["checkpoint"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(kore.capture, "capture_covariance", stopped)
+    groups = ["--set", "old.groups=[a, b, b]"]
+    with pytest.raises(AssertionError):
+        capture("balanced", everything, *groups)
+    balanced = capture("balanced", everything, *groups)
+    assert [call.parent.name for call in calls] == ["000", "001", "001"]
+    assert sorted(path.suffix for path in (tmp_path / "balanced").iterdir()) == [".json"] + [".safetensors"] * 8
+    assert [part["name"] for part in balanced.merged_from["sets"]] == ["a", "b"] and plain.merged_from is None
+    for name in wanted.modules:
+        torch.testing.assert_close(balanced[name], wanted[name], rtol=1e-12, atol=1e-12)
+        assert (plain[name] - balanced[name]).norm() > 1e-3 * plain[name].norm()
+        assert balanced.tokens(name) == plain.tokens(name)
 
 
 def test_bad_input_is_one_line_and_status_2(work, tmp_path, capsys):

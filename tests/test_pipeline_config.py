@@ -173,6 +173,29 @@ def test_the_paper_s_settings_are_in_the_examples():
         assert (train.scheduler, train.warmup_ratio, train.weight_decay) == ("cosine", 0.03, 0.0)
 
 
+def test_old_data_of_several_files_are_groups_and_balanced_unless_said_otherwise(load, folder):
+    (folder / "more").mkdir()
+    (folder / "more" / "old.json").write_text("[]")
+    one = load().old
+    assert one.file_groups() == ["old"] and not one.balanced
+    several = load(replace={"files: old.json": "files: [old.json, new.json]"}).old
+    assert several.file_groups() == ["old", "new"] and several.balanced
+    alike = load(replace={"files: old.json": "files: [old.json, more/old.json]"}).old
+    assert alike.file_groups() == [str(folder / "old.json"), str(folder / "more" / "old.json")] and alike.balanced
+    for settings, balanced in (("groups: [a, a]", False), ("groups: [a, b]", True), ("balance: false", False)):
+        text = f"files: [old.json, new.json]\n      {settings}"
+        assert load(replace={"files: old.json": text}).old.balanced == balanced
+    for settings, message in (
+        ("files: old.json\n      balance: true", r"run.yaml:6: old: balance: there is one group"),
+        (
+            "files: old.json\n      groups: [a, b]",
+            r"run.yaml:6: old: groups: expected one name for .* 1 files, got 2",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(replace={"files: old.json": settings})
+
+
 def test_every_key_is_reachable_by_its_dotted_name():
     keys = known_keys()
     assert {"model.path", "old.files", "adapter.rank", "train.learning_rate", "eval.new.file"} <= set(keys)

@@ -58,6 +58,33 @@ class OldSection(DataSection):
     """What the model already knows: the conversations whose inputs the adapter must leave alone."""
 
     max_samples: int | None = Field(default=256, ge=1)
+    groups: list[str] | None = None
+    """The group of each file, in the order of ``files``; null: every file is a group of its own."""
+    balance: bool | None = None
+    """Whether each group contributes the same trace to every covariance, however many tokens it has. null: yes where
+    there are several groups. false: one sum over all tokens, as in the paper."""
+
+    @model_validator(mode="after")
+    def _grouped(self) -> OldSection:
+        if self.groups is not None and len(self.groups) != len(self.files):
+            raise ValueError(
+                f"groups: expected one name for each of the {len(self.files)} files, got {len(self.groups)}"
+            )
+        if self.balance and len(set(self.file_groups())) == 1:
+            raise ValueError("balance: there is one group, nothing to balance; name several files or groups")
+        return self
+
+    def file_groups(self) -> list[str]:
+        """The group of each file: its name in ``groups``, else the file's stem, or its path where stems repeat."""
+        if self.groups is not None:
+            return self.groups
+        stems = [file.stem for file in self.files]
+        return stems if len(set(stems)) == len(set(self.files)) else [str(file) for file in self.files]
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the covariances of the groups are captured one by one and balanced."""
+        return len(set(self.file_groups())) > 1 if self.balance is None else self.balance
 
 
 class CaptureSection(Section):

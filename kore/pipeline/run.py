@@ -28,7 +28,7 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
         covariance = out / "covariance"
         stages.append(CaptureStage(covariance, model, config.old, config.capture, seed))
         if config.capture.new_samples:
-            sample = OldSection(**{**config.new.model_dump(), "max_samples": config.capture.new_samples})
+            sample = OldSection(**{**config.new.model_dump(), "max_samples": config.capture.new_samples}, balance=False)
             new_inputs = out / "covariance-new"
             stages.append(CaptureStage(new_inputs, model, sample, config.capture, seed, name="capture-new"))
     asks = bool(config.eval.new or config.eval.old)

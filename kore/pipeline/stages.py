@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kore.artifacts import MANIFEST, atomic_write, file_sha256, read_json
 from kore.metrics import knowledge_retention
@@ -23,6 +24,10 @@ from kore.pipeline.launch import train_in_processes
 from kore.pipeline.stage import directory_identity, model_identity
 from kore.pipeline.workbench import Workbench
 from kore.processes import process_count
+
+if TYPE_CHECKING:
+    from kore.covariance import CovarianceSet
+    from kore.data import Conversation
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,31 @@ class CaptureStage:
         return context.conversations(self.old, self.seed, require_answer=self.settings.tokens != "prompt")
 
     def run(self, context: Workbench) -> str:
+        from kore.covariance import load_covariance, merge_covariance
+
+        conversations = self._conversations(context)
+        if self.old.balanced:
+            parts = {}
+            for number, (group, members) in enumerate(_by_group(self.old, conversations).items()):
+                folder = self.output / "groups" / f"{number:03d}"
+                if not (folder / MANIFEST).is_file():
+                    self._capture(context, members, folder / "checkpoint").save(folder)
+                parts[group] = load_covariance(folder)
+            covariance = merge_covariance(parts, weights="balanced")
+            note = f", {len(parts)} groups of data balanced"
+        else:
+            covariance, note = self._capture(context, conversations, self.output / "checkpoint"), ""
+        covariance.save(self.output)
+        counted = max(group.tokens for group in covariance.groups)
+        modules, groups = len(covariance.modules), len(covariance.groups)
+        return f"{len(conversations)} samples, {counted:,} tokens, {modules} layers in {groups} groups{note}"
+
+    def _capture(self, context: Workbench, conversations: Sequence[Conversation], checkpoint: Path) -> CovarianceSet:
         import torch
 
         from kore.capture import capture_covariance
         from kore.data import conversation_batches, prompt_batches
 
-        conversations = self._conversations(context)
         prompts, tokens = self.settings.tokens == "prompt", self.settings.tokens
         make_batches = prompt_batches if prompts else conversation_batches
         batches = make_batches(conversations, context.encoder, self.settings.batch_size)
@@ -72,15 +96,21 @@ class CaptureStage:
             progress=context.progress,
             tokens="all" if prompts else tokens,
             memory_budget=self.settings.memory_budget,
-            checkpoint=self.output / "checkpoint",
+            checkpoint=checkpoint,
             checkpoint_every=self.settings.checkpoint_every,
             dtype=getattr(torch, self.settings.dtype),
         )
         covariance.selection = tokens
-        covariance.save(self.output)
-        counted = max(group.tokens for group in covariance.groups)
-        modules, groups = len(covariance.modules), len(covariance.groups)
-        return f"{len(conversations)} samples, {counted:,} tokens, {modules} layers in {groups} groups"
+        return covariance
+
+
+def _by_group(old: OldSection, conversations: Sequence[Conversation]) -> dict[str, list[Conversation]]:
+    """The conversations of each group that has any, in the order of the files."""
+    group_of = dict(zip(old.files, old.file_groups()))
+    groups: dict[str, list[Conversation]] = {}
+    for conversation in conversations:
+        groups.setdefault(group_of[Path(conversation.source.rpartition(":")[0])], []).append(conversation)
+    return groups
 
 
 @dataclass(frozen=True)
