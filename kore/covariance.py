@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,6 +109,14 @@ class CovarianceSet:
         if isinstance(matrix, Triangle):
             return matrix.full()
         return matrix() if callable(matrix) else matrix
+
+    def digest(self, module: str) -> str:
+        """Tells the matrix of a module from others: the sha256 of its file, or else of its entries."""
+        matrix = self._matrices[self.group(module).name]
+        if isinstance(matrix, _Reader):
+            return matrix.sha256
+        entries = self[module].detach().cpu().contiguous()
+        return hashlib.sha256(entries.numpy().data).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the set as a directory: half of each matrix in a safetensors file, and a manifest. Atomic."""

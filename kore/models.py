@@ -223,10 +223,17 @@ def model_fingerprint(model: nn.Module) -> dict[str, str | None]:
         sample = weight.detach().reshape(-1, weight.shape[-1])[index[0], index[1]]
         weights.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return {
-        "architecture": type(base_model(model)).__name__,
+        "architecture": _architecture(model),
         "structure": structure.hexdigest(),
         "weights": weights.hexdigest() if readable else None,
     }
+
+
+def _architecture(model: nn.Module) -> str:
+    """The class name; of a model that FSDP2 has given a class (its mixin, the model's class), the latter's."""
+    classes = type(base_model(model)).__mro__
+    mixin = next((index for index, each in enumerate(classes) if each.__name__ == "FSDPModule"), -1)
+    return classes[mixin + 1].__name__
 
 
 def check_fingerprint(expected: dict[str, str | None], model: nn.Module, what: str) -> None:

@@ -1,7 +1,8 @@
 """From a covariance to a trainable adapter: a stock PEFT LoRA whose A is set from the null space and frozen.
 
-``config`` says what to make, ``rank`` and ``targets`` resolve it against a model, ``factors`` computes the matrices
-A, ``frozen`` keeps them frozen, ``build`` puts the adapter on a model, ``files`` saves and loads it.
+``config`` says what to make, ``rank`` and ``targets`` resolve it against a model, ``factors`` computes a matrix A,
+``compute`` those of all layers, on one process or several, keeping what is finished in ``parts``; ``frozen`` keeps them
+frozen, ``build`` puts the adapter on a model, ``files`` saves and loads it.
 """
 
 from kore.adapter.build import get_kore_model

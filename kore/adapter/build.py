@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from kore.adapter.compute import compute_factors
 from kore.adapter.config import KoreConfig
-from kore.adapter.factors import compute_factors
 from kore.adapter.frozen import freeze_a
-from kore.adapter.rank import resolve_rank
+from kore.adapter.rank import energy_share, resolve_rank
 from kore.adapter.wrap import check_unadapted, wrap_lora
 from kore.covariance import CovarianceSet
 from kore.errors import ConfigError
 from kore.models import check_fingerprint, model_fingerprint, resolve_targets
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from peft import PeftModel
 
 
 def get_kore_model(
-    model: nn.Module, cov: CovarianceSet | None, config: KoreConfig, *, progress: bool = True
+    model: nn.Module,
+    cov: CovarianceSet | None,
+    config: KoreConfig,
+    *,
+    progress: bool = True,
+    distributed: dist.ProcessGroup | bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PeftModel:
     """Put a KORE adapter on a model: y = W0 x + B A x, A (r, d_in) in the null space of old inputs (arXiv 2510.19316).
 
     This is the paper's W0' + BA, with W0' = W0 − B₀A, in its zero-residual form: with A frozen and no weight
     decay W0 − B₀A + BA = W0 + (B − B₀)A, so training B from zero on the untouched W0 takes the same steps. The
     adapter is a stock PEFT LoRA with ``lora_alpha = r`` (scaling 1). A stays frozen, see
-    :class:`kore.adapter.FrozenLinear`. Null spaces and A are computed in float64.
+    :class:`kore.adapter.FrozenLinear`. Null spaces and A are computed in float64, where the layer's weight lies.
+
+    One null space is solved for each input that layers share, and one thin SVD for each layer, input after input.
+    Peak memory beside the model and the factors A: one covariance as it was captured and what
+    :func:`kore.null_space` needs for it; after it is freed, U and one weight W0 in float64. Sharded weights (FSDP2)
+    are gathered layer by layer; besides, the whole weights of the layers of one input are held in their own dtype.
 
     Args:
         model: The base model, without adapters. Its weights are not changed; its target layers are wrapped.
         cov: Covariances captured on this model; None only with ``constraint="none"``.
         config: What to make.
-        progress: Show a progress bar on an interactive terminal.
+        progress: Show a progress bar on an interactive terminal, with the time that is left.
+        distributed: The processes that share the inputs between them: None for all processes of
+            ``torch.distributed`` where it is initialised, a process group, or False for this process alone. All
+            give the same model and covariances, and all get the same adapter, to the bit the one that a process
+            computes alone with as many threads.
+        checkpoint: A folder that keeps the factors of each finished input, from which a repeated call goes on; delete
+            it when the adapter is saved. None keeps nothing.
 
     Returns:
         The ``PeftModel``, B and the modules to save trainable, all else frozen. What was computed for each layer
@@ -44,7 +63,7 @@ def get_kore_model(
     Raises:
         ModelError: The covariance belongs to another model, or the model has an adapter.
         ConfigError: The rank is larger than d_in of a layer, or a module name is wrong.
-        KoreError: A layer has no covariance, or one that is not finite.
+        KoreError: A layer has no covariance, or one that is not finite; or the checkpoint is of something else.
     """
     check_unadapted(model)
     if config.constraint == "null_space" and cov is None:
@@ -52,10 +71,24 @@ def get_kore_model(
     if cov is not None:
         check_fingerprint(cov.fingerprint, model, "the covariance")
     names = resolve_targets(model, config.targets)
-    rank = resolve_rank(model, names, config.rank)
+    if energy_share(config.rank) is not None and cov is not None:
+        rank = None
+    else:
+        rank = resolve_rank(model, names, config.rank)
     fingerprint = model_fingerprint(model)
-    factors, notes = compute_factors(model, names, rank, cov, config, progress)
-    peft_model: Any = wrap_lora(model, names, rank, rank, config.modules_to_save, config.seed)
+    factors, notes = compute_factors(
+        model,
+        names,
+        rank,
+        cov,
+        config,
+        fingerprint,
+        progress=progress,
+        distributed=distributed,
+        checkpoint=checkpoint,
+    )
+    ranks = {name: factor.shape[0] for name, factor in factors.items()}
+    peft_model: Any = wrap_lora(model, names, ranks, None, config.modules_to_save, config.seed)
     base = peft_model.get_base_model()
     with torch.no_grad():
         for name, factor in factors.items():
@@ -64,7 +97,7 @@ def get_kore_model(
     peft_model.kore_info = {
         "method": "kore" if config.constraint == "null_space" else "random-a",
         "a_frozen": True,
-        "rank": rank,
+        "rank": ranks if rank is None else rank,
         "config": asdict(config),
         "base_fingerprint": fingerprint,
         "normalize": None if cov is None else cov.normalize,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kore.adapter.rank import RANKS, is_rank
 from kore.errors import ConfigError
 
 SCALES = ("sqrt", "orthonormal")
@@ -19,7 +19,8 @@ class KoreConfig:
 
     Attributes:
         rank: r, or ``"match-lora-R"`` for the largest r at which the trained B have no more parameters than a
-            LoRA of rank R (its A and B) on the same layers: 235 for R = 128 on LLaVA-1.5-7B.
+            LoRA of rank R (its A and B) on the same layers: 235 for R = 128 on LLaVA-1.5-7B. ``"energy:τ"``: for each
+            layer the largest r (from 1 to d_in) at which the leak tr(UᵀCU)/tr(C) on the captured data stays below τ.
         targets: The layers: None for every linear layer of the language model except the output head, a regular
             expression that matches whole module names, or a list of PEFT-style names.
         modules_to_save: Modules trained in full beside the adapter, by PEFT-style name; ``"auto"`` for the
@@ -27,7 +28,8 @@ class KoreConfig:
         scale: Row lengths of A. ``"sqrt"``: A = √Σ Vᵀ of svd(W0 U Uᵀ) as in the paper. ``"orthonormal"``: A = Vᵀ.
         constraint: ``"null_space"``; or ``"none"``, where a random subspace takes the place of the null space and
             all else stays the same (a random frozen A).
-        solver: ``"auto"``, ``"eigh"`` or ``"randomized"``, see :func:`kore.null_space`.
+        solver: ``"auto"``, ``"eigh"`` or ``"randomized"``, see :func:`kore.null_space`. ``"energy:τ"`` computes whole
+            spectra, and takes ``"auto"`` for ``"eigh"``.
         seed: Of the randomized solver, or of the random subspaces.
     """
 
@@ -43,10 +45,7 @@ class KoreConfig:
         for name, allowed in (("scale", SCALES), ("constraint", CONSTRAINTS), ("solver", SOLVERS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        match_lora = isinstance(self.rank, str) and re.fullmatch(r"match-lora-[1-9]\d*", self.rank)
-        if not match_lora and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
-            raise ConfigError(
-                f'rank: expected a positive integer or "match-lora-R" such as "match-lora-128", got {self.rank!r}'
-            )
+        if not is_rank(self.rank):
+            raise ConfigError(f"rank: expected {RANKS}, got {self.rank!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ConfigError(f"seed: expected an integer ≥ 0, got {self.seed!r}")

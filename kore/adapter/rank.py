@@ -1,15 +1,53 @@
-"""The rank of an adapter, given as a number or as a parameter budget."""
+"""The rank of an adapter: a number, a parameter budget, or a share of the old inputs' energy."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from kore.errors import ConfigError
 from kore.models import linear_shape, named_linears
 
-_MATCH = "match-lora-"
+_MATCH, _ENERGY = "match-lora-", "energy:"
+RANKS = (
+    'a positive integer, "match-lora-R" such as "match-lora-128", or "energy:τ" with 0 < τ < 1 such as "energy:0.001"'
+)
+
+
+def is_rank(rank: object) -> bool:
+    """Whether ``rank`` is one of :data:`RANKS`."""
+    if isinstance(rank, str):
+        return re.fullmatch(rf"{_MATCH}[1-9]\d*", rank) is not None or energy_share(rank) is not None
+    return isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+
+
+def energy_share(rank: int | str) -> float | None:
+    """τ of ``"energy:τ"``; None for another kind of rank."""
+    if not isinstance(rank, str) or not rank.startswith(_ENERGY):
+        return None
+    try:
+        share = float(rank.removeprefix(_ENERGY))
+    except ValueError:
+        return None
+    return share if 0 < share < 1 else None
+
+
+def energy_rank(C: torch.Tensor, share: float) -> int:
+    """The largest r whose leak Σ(r smallest eigenvalues of C) / tr(C) is below ``share``; from 1 to d.
+
+    Args:
+        C: Symmetric positive semi-definite (d, d), any floating dtype. Its whole spectrum is computed in float64.
+        share: τ.
+    """
+    C = C.detach().to(torch.float64)
+    trace = float(C.diagonal().sum())
+    if trace <= 0:
+        return C.shape[0]
+    energy = torch.linalg.eigvalsh(C).clamp_min(0).cumsum(0)
+    return max(1, int((energy < share * trace).sum()))
 
 
 def match_lora_rank(shapes: Iterable[tuple[int, int]], lora_rank: int) -> int:
@@ -28,8 +66,11 @@ def resolve_rank(model: nn.Module, names: Iterable[str], rank: int | str) -> int
     """r for the layers ``names``, from a number or ``"match-lora-R"``.
 
     Raises:
-        ConfigError: r is larger than d_in of one of the layers, which is named.
+        ConfigError: r is larger than d_in of one of the layers, which is named; or it is ``"energy:τ"``, which needs
+            a covariance.
     """
+    if energy_share(rank) is not None:
+        raise ConfigError(f"rank: {rank!r} needs a covariance, so method kore; give a number or match-lora-R")
     linears = named_linears(model)
     shapes = {name: linear_shape(linears[name]) for name in names}
     r = match_lora_rank(shapes.values(), int(rank.removeprefix(_MATCH))) if isinstance(rank, str) else rank

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,23 +29,36 @@ def check_unadapted(model: nn.Module) -> None:
 def wrap_lora(
     model: nn.Module,
     names: Sequence[str],
-    rank: int,
-    lora_alpha: int,
+    rank: int | Mapping[str, int],
+    lora_alpha: int | None,
     modules_to_save: str | Sequence[str] | None,
     seed: int,
 ) -> PeftModel:
     """A PeftModel with a LoRA without dropout on the layers ``names``: B zero, A by PEFT's rule from ``seed``.
 
     The base weights are not touched, nor is the random state of the caller.
+
+    Args:
+        model: The base model.
+        names: The layers.
+        rank: r, or r by layer: the commonest in PEFT's ``r``, the others in its ``rank_pattern``.
+        lora_alpha: None for r of each layer, so that all scale by 1.
+        modules_to_save: As in :class:`kore.KoreConfig`.
+        seed: Of A.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
     linears: dict[str, Any] = named_linears(model)
+    ranks = {name: rank if isinstance(rank, int) else rank[name] for name in names}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {_pattern_key(name, linears): r for name, r in ranks.items() if r != common}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=lora_alpha,
+        r=common,
+        lora_alpha=common if lora_alpha is None else lora_alpha,
+        rank_pattern=others,
+        alpha_pattern=dict(others) if lora_alpha is None else {},
         lora_dropout=0.0,
         bias="none",
         target_modules=peft_target_modules(model, names),
@@ -54,3 +68,8 @@ def wrap_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
+
+
+def _pattern_key(name: str, names: Iterable[str]) -> str:
+    """A key of ``rank_pattern`` for one layer. PEFT takes it for an expression that may match the end of a name."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name

@@ -1,4 +1,4 @@
-"""The processes that capture together: what they tell each other, and sums that come out alike on all of them."""
+"""Processes that work together: what they tell each other, and sums that come out alike on all of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Processes:
         return values
 
     @contextmanager
-    def fail_together(self) -> Iterator[None]:
+    def fail_together(self, what: str = "the capture") -> Iterator[None]:
         """When the block fails in one process, raise in all, so that none waits for another in vain."""
         error: Exception | None = None
         try:
@@ -54,7 +54,7 @@ class Processes:
             raise error
         for rank, failure in enumerate(failures):
             if failure is not None:
-                raise KoreError(f"process {rank} of the capture failed: {failure}")
+                raise KoreError(f"process {rank} of {what} failed: {failure}")
 
     def add_up(self, triangle: Triangle) -> None:
         """Replace the triangle by the sum over the processes.
@@ -63,12 +63,30 @@ class Processes:
         """
         if self.count == 1:
             return
-        nccl = "nccl" in dist.get_backend(self._group)
-        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+        device, first = self._device(), self._global(0)
         for block, mine in triangle.blocks():
             total = block.to(device, torch.float64, copy=True, memory_format=torch.contiguous_format)
             dist.reduce(total, dst=first, group=self._group)
             rounded = total.to(block.dtype)
             dist.broadcast(rounded, src=first, group=self._group)
             block.copy_(rounded.to(block.device).where(mine, block))
+
+    def hand_out(
+        self, tensor: torch.Tensor | None, owner: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The CPU tensor (shape, dtype) of the process ``owner``, to the bit, on every process; others give None."""
+        if self.count == 1:
+            assert tensor is not None
+            return tensor
+        sent = torch.empty(shape, dtype=dtype) if tensor is None else tensor.contiguous()
+        sent = sent.to(self._device())
+        dist.broadcast(sent, src=self._global(owner), group=self._group)
+        return sent.cpu()
+
+    def _device(self) -> torch.device:
+        """Where tensors are when they are exchanged."""
+        nccl = "nccl" in dist.get_backend(self._group)
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def _global(self, rank: int) -> int:
+        return rank if self._group is None else dist.get_global_rank(self._group, rank)
