@@ -14,9 +14,12 @@ __version__ = "0.1.0"
 # A submodule must not carry the name of a public function: importing it would hide the function.
 _PUBLIC = {
     "capture_covariance": "kore.capture",
+    "capture_output_gradients": "kore.capture",
     "plan_capture": "kore.capture",
     "CovarianceSet": "kore.covariance",
+    "OutputGradients": "kore.covariance",
     "load_covariance": "kore.covariance",
+    "load_output_gradients": "kore.covariance",
     "merge_covariance": "kore.covariance",
     "NullSpace": "kore.nullspace",
     "null_space": "kore.nullspace",

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kore.artifacts import atomic_directory, file_sha256, load_tensors, read_manifest, save_tensors, write_manifest
 from kore.errors import ArtifactError, KoreError
@@ -17,8 +17,10 @@ from kore.triangle import HALVES, Triangle, unpack
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
 KIND = "covariance"
+GRADIENTS = "output gradients"
 BALANCED = "balanced"
 _FULL = "covariance"  # the whole matrix, as files of schema version 1 hold it
 
@@ -56,6 +58,8 @@ class CovarianceSet:
         dtype: In which the sums were formed, ``"float32"`` or ``"float64"``; None where it is not known.
         merged_from: How :func:`merge_covariance` made the set, as JSON-serialisable values; None for a captured one.
     """
+
+    kind: ClassVar[str] = KIND
 
     def __init__(
         self,
@@ -129,11 +133,37 @@ class CovarianceSet:
                 "merged_from": self.merged_from,
                 "fingerprint": self.fingerprint,
             }
-            write_manifest(directory, KIND, fields)
+            write_manifest(directory, self.kind, fields)
 
     def _triangle(self, name: str) -> Triangle:
         matrix = self._matrices[name]
         return matrix if isinstance(matrix, Triangle) else Triangle(self[name])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Open a saved set of this kind; see :func:`load_covariance`."""
+        directory = Path(path)
+        manifest = read_manifest(directory, cls.kind, verify=False)
+        groups, matrices = read_groups(directory, manifest)
+        return cls(
+            matrices,
+            groups,
+            manifest.get("fingerprint", {}),
+            manifest.get("normalize", "none"),
+            manifest.get("selection", "all"),
+            manifest.get("dtype"),
+            manifest.get("merged_from"),
+        )
+
+
+class OutputGradients(CovarianceSet):
+    """G = Σ gᵀg (d_out, d_out) of every module, g being the gradients at its output on old data.
+
+    Used like a :class:`CovarianceSet`; each module is a group of its own, whose ``dim`` is d_out and whose ``tokens``
+    counts the rows g. ``selection`` says at which tokens the loss was taken.
+    """
+
+    kind: ClassVar[str] = GRADIENTS
 
 
 def write_groups(directory: Path, matrices: Iterable[tuple[Group, Triangle]]) -> list[dict[str, Any]]:
@@ -199,18 +229,12 @@ def load_covariance(path: str | os.PathLike[str]) -> CovarianceSet:
     Raises:
         ArtifactError: A file is missing, truncated or corrupt; the message names it.
     """
-    directory = Path(path)
-    manifest = read_manifest(directory, KIND, verify=False)
-    groups, matrices = read_groups(directory, manifest)
-    return CovarianceSet(
-        matrices,
-        groups,
-        manifest.get("fingerprint", {}),
-        manifest.get("normalize", "none"),
-        manifest.get("selection", "all"),
-        manifest.get("dtype"),
-        manifest.get("merged_from"),
-    )
+    return CovarianceSet.load(path)
+
+
+def load_output_gradients(path: str | os.PathLike[str]) -> OutputGradients:
+    """Open saved :class:`OutputGradients`, as :func:`load_covariance` opens a covariance."""
+    return OutputGradients.load(path)
 
 
 def merge_covariance(
@@ -256,9 +280,7 @@ def merge_covariance(
             for name, cov in zip(names, sets)
         ],
     }
-    return CovarianceSet(
-        matrices, groups, first.fingerprint, first.normalize, first.selection, first.dtype, merged_from
-    )
+    return type(first)(matrices, groups, first.fingerprint, first.normalize, first.selection, first.dtype, merged_from)
 
 
 def _factors(weights: Sequence[float] | str, count: int) -> list[float]:
@@ -302,6 +324,8 @@ class _Sum:
 
 
 def _check_same(first: CovarianceSet, other: CovarianceSet, index: int) -> None:
+    if first.kind != other.kind:
+        raise KoreError(f"merge_covariance: set 0 holds {first.kind}, set {index} {other.kind}; merge them apart")
     for field in ("architecture", "structure", "weights"):
         a, b = first.fingerprint.get(field), other.fingerprint.get(field)
         if a and b and a != b:

@@ -58,13 +58,18 @@ class Options:
 
 
 class Engine:
-    """Captures covariances of one model.
+    """Captures covariances of one model: of the inputs of its layers, or what a subclass finds there.
 
     Attributes:
         names: The target layers, in model order.
         options: What is computed and how.
         processes: Those that capture together.
+        result_type: What a capture gives.
+        rows: What is summed, for messages.
     """
+
+    result_type: type[CovarianceSet] = CovarianceSet
+    rows = "input"
 
     def __init__(
         self, model: nn.Module, targets: str | Sequence[str] | None, options: Options, processes: Processes
@@ -109,6 +114,7 @@ class Engine:
                 self.options.buffer_rows,
                 budget,
                 again,
+                self.rows,
             )
         return replace(plan, windows=self.processes.share(plan.windows)[0])
 
@@ -156,13 +162,13 @@ class Engine:
 
         def announce() -> None:
             options, parts = self.options, self._planned(groups, names)
-            self.announce(make_plan(parts, place.kind, options.dtype, options.buffer_rows, None, again=False))
+            self.announce(make_plan(parts, place.kind, options.dtype, options.buffer_rows, None, False, self.rows))
 
         groups = self._new_groups(new_accumulator)
         with self.processes.fail_together():
             done = self._feed(batches, names, groups, checkpoint, None if planned else announce, label)
         if not any(self.processes.share(done)):
-            raise KoreError("capture_covariance: expected at least one batch, got none")
+            raise KoreError("batches: expected at least one batch, got none")
         described = self._join(groups)
         if idle := groups.never_ran(names):
             raise KoreError(
@@ -210,10 +216,10 @@ class Engine:
                 if saved is not None:
                     saved.see(batch)
                     if done % every == 0:
-                        _check_finite(groups)
+                        self._check_finite(groups)
                         saved.write(done)
                         unsaved = 0
-        _check_finite(groups)
+        self._check_finite(groups)
         if saved is not None and unsaved:
             saved.write(done)
         return done
@@ -226,7 +232,7 @@ class Engine:
             yield PlannedGroup(tuple(group.modules), accumulator.dim, str(accumulator.device), scaled or group.itemsize)
         for name in groups.never_ran(names):
             device, itemsize = self._input_of(name)
-            yield PlannedGroup((name,), linear_shape(self._linears[name])[1], str(device), scaled or itemsize)
+            yield PlannedGroup((name,), self._dim(name), str(device), scaled or itemsize)
 
     def _join(self, groups: InputGroups) -> list[Group]:
         """Tell the other processes what groups there are; all have the same ones then, in the same order."""
@@ -248,7 +254,9 @@ class Engine:
             square = accumulator.storage.kind == "square"
             matrices[group.name] = symmetrize_(triangle.matrix) if square else triangle
         dtype = str(self.options.dtype).removeprefix("torch.")
-        return CovarianceSet(matrices, described, self._fingerprint, self.options.normalize, self.options.tokens, dtype)
+        return self.result_type(
+            matrices, described, self._fingerprint, self.options.normalize, self.options.tokens, dtype
+        )
 
     def _new_groups(self, new_accumulator: Callable[[int, torch.device], Accumulator]) -> InputGroups:
         return InputGroups(self._text, new_accumulator, self.options.share_inputs)
@@ -261,13 +269,18 @@ class Engine:
         return HookedModel(self.model, targets, self._text, self._selector, self.options.normalize == "official")
 
     def _checkpoint(self, folder: Path, names: Sequence[str], groups: InputGroups) -> CaptureCheckpoint:
-        options = {
-            "modules": list(names),
+        return CaptureCheckpoint(folder, {"modules": list(names), **self._identity()}, groups, self._input_of)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have been written with, beside the modules."""
+        return {
             "processes": self.processes.count,
             **self.options.identity(),
             "fingerprint": self._fingerprint,
         }
-        return CaptureCheckpoint(folder, options, groups, self._input_of)
+
+    def _dim(self, name: str) -> int:
+        return linear_shape(self._linears[name])[1]
 
     def _input_of(self, name: str) -> tuple[torch.device, int]:
         """Where a layer that has not run will find its input, and the bytes of a number in it: a good guess."""
@@ -277,14 +290,13 @@ class Engine:
             return weight.device, itemsize
         return input_device(self.model), itemsize
 
-
-def _check_finite(groups: InputGroups) -> None:
-    """Empty the token buffers and name the first module, in the order of execution, whose C is not finite."""
-    for group in groups.groups:
-        group.accumulator.flush()
-    for group in groups.groups:
-        if not group.accumulator.is_finite():
-            raise KoreError(
-                f"{group.modules[0]}: its input holds NaN or infinity on this data, and it is the first such "
-                "module; check the model's weights and dtype (try bfloat16 or float32)"
-            )
+    def _check_finite(self, groups: InputGroups) -> None:
+        """Empty the token buffers and name the first module, in the order of execution, whose C is not finite."""
+        for group in groups.groups:
+            group.accumulator.flush()
+        for group in groups.groups:
+            if not group.accumulator.is_finite():
+                raise KoreError(
+                    f"{group.modules[0]}: its {self.rows} holds NaN or infinity on this data, and it is the first such "
+                    "module; check the model's weights and dtype (try bfloat16 or float32)"
+                )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from kore.capture.input_groups import InputGroups
 from kore.capture.rows import counted_rows
@@ -51,8 +52,7 @@ class HookedModel:
         try:
             self.model.eval()
             for name, module in self.targets.items():
-                hook = self._hook(name, groups) if accumulate else _look(name, groups)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(self._attach(name, module, groups, accumulate))
             yield
         finally:
             for handle in handles:
@@ -61,13 +61,20 @@ class HookedModel:
                 module.training = flag
 
     def forward(self, batch: Mapping[str, Any], number: int) -> None:
-        """One forward pass; ``number`` is the batch's, for messages."""
+        """Run one batch; ``number`` is the batch's, for messages."""
         if not isinstance(batch, Mapping):
             raise KoreError(f"batch {number}: expected a dictionary for model(**batch), got {type(batch).__name__}")
         self._selection = self.selector.select(batch, number)
         inputs = {key: _to(value, self.device) for key, value in batch.items() if key != "labels"}
+        self._pass(batch, inputs, number)
+
+    def _pass(self, batch: Mapping[str, Any], inputs: dict[str, Any], number: int) -> None:
         with torch.no_grad():
             self.model(**{**self._extra, **inputs})
+
+    def _attach(self, name: str, module: nn.Module, groups: InputGroups, accumulate: bool) -> RemovableHandle:
+        hook = self._hook(name, groups) if accumulate else _look(name, groups)
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _hook(self, name: str, groups: InputGroups) -> Hook:
         text = name in self.text

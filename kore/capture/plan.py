@@ -42,6 +42,7 @@ class MemoryPlan:
         dtype: Of the matrices.
         buffer_rows: Rows of each token buffer.
         budget: Bytes allowed on each device, or None.
+        rows: What is summed: ``"input"`` or ``"output gradient"``.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -50,6 +51,12 @@ class MemoryPlan:
     dtype: torch.dtype
     buffer_rows: int
     budget: int | None = None
+    rows: str = "input"
+
+    @property
+    def width(self) -> str:
+        """What the length of a row is called."""
+        return "d_in" if self.rows == "input" else "d_out"
 
     def peak(self) -> dict[str, int]:
         """Bytes at the same time, by device. Rows of the first batch that exceed the buffers come on top when there
@@ -105,9 +112,10 @@ class MemoryPlan:
         passes = f"{len(self.windows)} passes over the data" if len(self.windows) > 1 else "one pass"
         kind = str(self.dtype).removeprefix("torch.")
         title = f"covariance: {modules} layers read {len(self.groups)} inputs"
+        title = title if self.rows == "input" else f"output gradients of {modules} layers"
         lines = [f"{title}; {self.storage} {kind} matrices, {passes}"]
         lines += _table(
-            ("inputs", "d_in", "matrices", "buffers", "device", "layers"),
+            (f"{self.rows.split()[-1]}s", self.width, "matrices", "buffers", "device", "layers"),
             [
                 (
                     str(len(alike)),
@@ -146,6 +154,7 @@ def make_plan(
     buffer_rows: int,
     budget: int | None,
     again: bool,
+    rows: str = "input",
 ) -> MemoryPlan:
     """Choose storage and passes within ``budget`` bytes on each device on which rows are summed.
 
@@ -160,7 +169,7 @@ def make_plan(
     everything = (tuple(range(len(groups))),)
     on_host = all(group.device == HOST for group in groups)
     kind = "packed" if storage == "auto" or (storage == "offload" and on_host) else storage
-    plan = MemoryPlan(groups, kind, everything, dtype, buffer_rows, budget)
+    plan = MemoryPlan(groups, kind, everything, dtype, buffer_rows, budget, rows)
     over = plan.excess(groups)
     if over is None:
         return plan
@@ -183,11 +192,10 @@ def _windows(plan: MemoryPlan) -> tuple[tuple[int, ...], ...]:
         over = plan.excess([group])
         if over is not None:
             assert plan.budget is not None
-            need = format_bytes(plan._bytes([group])[over])
+            need, matrix = format_bytes(plan._bytes([group])[over]), f"a matrix of {plan.width} {group.dim}"
             raise KoreError(
-                f"memory_budget: {group.modules[0]} alone needs {need} on {over} (a matrix of d_in {group.dim} and a "
-                f"buffer of {plan.buffer_rows} rows), {format_bytes(plan.budget)} are allowed; allow more or lower "
-                "buffer_rows"
+                f"memory_budget: {group.modules[0]} alone needs {need} on {over} ({matrix} and a buffer of "
+                f"{plan.buffer_rows} rows), {format_bytes(plan.budget)} are allowed; allow more or lower buffer_rows"
             )
         if plan.excess([plan.groups[i] for i in [*windows[-1], index]]) is not None:
             windows.append([])

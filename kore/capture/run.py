@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from kore.capture.engine import Engine, Options
+from kore.capture.gradients import GradientEngine
 from kore.capture.plan import MemoryPlan
 from kore.capture.processes import Processes
 from kore.capture.storage import STORAGE
 from kore.capture.windows import capture_in_windows, first_batch
-from kore.covariance import CovarianceSet
+from kore.covariance import CovarianceSet, OutputGradients
 from kore.errors import KoreError
 from kore.sizes import parse_bytes
 
@@ -90,8 +91,63 @@ def capture_covariance(
             belongs to another call.
     """
     options = Options(tokens, normalize, dtype, share_inputs, buffer_rows, checkpoint_every, progress)
-    budget = _budget(memory_budget, storage)
     engine = Engine(model, targets, options, Processes(distributed))
+    return _capture(engine, batches, storage, _budget(memory_budget, storage), checkpoint)
+
+
+def capture_output_gradients(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    targets: str | Sequence[str] | None = None,
+    progress: bool = True,
+    *,
+    tokens: str = "text",
+    seed: int = 0,
+    memory_budget: int | str | None = None,
+    storage: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 16,
+    dtype: torch.dtype = torch.float32,
+    buffer_rows: int = 2048,
+    distributed: ProcessGroup | bool | None = None,
+) -> OutputGradients:
+    """G = Σ gᵀg (d_out, d_out) over the gradients g = ∂ℓ/∂y at the outputs y of every target layer.
+
+    ℓ = −Σ log p(ŷ) over the predicted tokens, with labels ŷ drawn from the model's own p, so that G / tokens and
+    C / tokens are the two Kronecker factors of the Fisher information of a layer's weight: ½ tr(ΔWᵀ G ΔW C) / tokens
+    estimates the divergence KL(old ‖ new) on the data, in nats, that a small change ΔW makes. Every row counts that
+    is not padding, also one that no loss reaches. The logits' gradient is softmax − onehot(ŷ); no parameter gets a
+    gradient, and the flags, hooks and weights are put back as in :func:`capture_covariance`.
+
+    The memory is planned as for C, with d_out for d_in and one matrix per layer; on top come the activations that a
+    backward pass through a batch needs. Time is about that of a training step without weight gradients.
+
+    Args:
+        model, batches, targets, progress: As in :func:`capture_covariance`.
+        tokens: At which predictions a loss is taken: ``"all"``; ``"text"``, of tokens that are no image or video
+            placeholders; or ``"answer"``, of tokens that ``labels`` names. With the first two also of the token
+            that would follow the last.
+        seed: Of the labels. They also depend on the number of the batch and the process, and on nothing else.
+        memory_budget, storage, checkpoint, checkpoint_every, dtype, buffer_rows, distributed: As in
+            :func:`capture_covariance`.
+
+    Raises:
+        KoreError: As :func:`capture_covariance`.
+    """
+    options = Options("all", "none", dtype, False, buffer_rows, checkpoint_every, progress)
+    engine = GradientEngine(model, targets, options, Processes(distributed), tokens, seed)
+    result = _capture(engine, batches, storage, _budget(memory_budget, storage), checkpoint)
+    assert isinstance(result, OutputGradients)
+    return result
+
+
+def _capture(
+    engine: Engine,
+    batches: Iterable[Mapping[str, Any]],
+    storage: str,
+    budget: int | None,
+    checkpoint: str | os.PathLike[str] | None,
+) -> CovarianceSet:
     folder = engine.checkpoint_folder(checkpoint)
     if budget is None:
         return engine.capture(batches, engine.names, storage, folder)

@@ -16,7 +16,7 @@ import torch
 from kore.artifacts import MANIFEST
 from kore.capture.engine import Engine
 from kore.capture.plan import MemoryPlan
-from kore.covariance import CovarianceSet, load_covariance
+from kore.covariance import CovarianceSet
 from kore.errors import KoreError
 from kore.sizes import format_bytes
 
@@ -60,12 +60,12 @@ def capture_in_windows(engine: Engine, plan: MemoryPlan, batches: Batches, check
                 plan.storage,
                 None if checkpoint is None else checkpoint / f"window-{number:03d}",
                 planned=True,
-                label=f"covariance {number + 1}/{len(plan.windows)}",
+                label=f"{engine.result_type.kind} {number + 1}/{len(plan.windows)}",
             )
             with engine.processes.fail_together():
                 passes.compare()
                 part.save(folder / f"window-{number:03d}")
-            parts.append(load_covariance(folder / f"window-{number:03d}"))
+            parts.append(engine.result_type.load(folder / f"window-{number:03d}"))
             del part
         result = _join(parts)
     except BaseException:
@@ -81,7 +81,7 @@ def _join(parts: list[CovarianceSet]) -> CovarianceSet:
     first = parts[0]
     matrices = {group.name: functools.partial(part.__getitem__, group.name) for part in parts for group in part.groups}
     groups = [group for part in parts for group in part.groups]
-    return CovarianceSet(matrices, groups, first.fingerprint, first.normalize, first.selection, first.dtype)
+    return type(first)(matrices, groups, first.fingerprint, first.normalize, first.selection, first.dtype)
 
 
 def _check_disk(folder: Path, need: int) -> None:
