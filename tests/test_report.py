@@ -87,13 +87,13 @@ def test_tables_are_checked():
 
 def test_heat_map_cells_are_means_of_absolute_values():
     matrix = np.random.default_rng(0).normal(size=(70, 70))
-    cells = figures._pooled(matrix)
+    cells = figures.pooled(matrix)
     assert cells.shape == (32, 32)
     edges = np.linspace(0, 70, 33).astype(int)
     block = np.abs(matrix[edges[3] : edges[4], edges[7] : edges[8]])
     assert cells[3, 7] == pytest.approx(block.mean(), rel=1e-12)
     small = np.arange(9.0).reshape(3, 3) - 4
-    assert np.array_equal(figures._pooled(small), np.abs(small))
+    assert np.array_equal(figures.pooled(small), np.abs(small))
 
 
 def test_empty_figures_are_drawn():

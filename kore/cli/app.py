@@ -8,6 +8,7 @@ import typer
 
 from kore import __version__
 from kore.cli import commands, stages
+from kore.cli.analyze import analyze
 from kore.cli.bench import bench
 from kore.cli.console import interruptible
 from kore.cli.convert import convert
@@ -51,6 +52,7 @@ for _function in (
     stages.merge,
     convert,
     stages.evaluate,
+    analyze,
     commands.doctor,
 ):
     _name = "eval" if _function is stages.evaluate else _function.__name__

@@ -107,7 +107,7 @@ def covariance_heat_maps(covariances: Mapping[str, Any]) -> Figure:
     figure, axes = _grid(1, len(covariances), height=2.75)
     image = None
     for ax, (title, covariance) in zip(axes, covariances.items()):
-        cells = _pooled(_array(covariance))
+        cells = pooled(_array(covariance))
         top = max(cells.max(), np.finfo(float).tiny)
         image = ax.imshow(np.log10(np.maximum(cells / top, 1e-6)), cmap="magma", vmin=-6, vmax=0)
         ax.set_title(_short(title), fontsize=8.5, color=_INK)
@@ -142,19 +142,20 @@ def spectra(eigenvalues: Mapping[str, Any], rank: int | None = None) -> Figure:
     return figure
 
 
-def leak_per_layer(leaks: Mapping[str, Mapping[str, float]]) -> Figure:
+def leak_per_layer(leaks: Mapping[str, Mapping[str, float]], label: str = "leak  ‖xU‖² / ‖x‖²") -> Figure:
     """Share of the input energy that the adapter reads, per layer, one panel for each kind of module.
 
     Args:
         leaks: For each name (for example old and new inputs) the leak of every module. Names stand for lines,
             ones that begin with "random" for dashed lines without colour.
+        label: What the values are, where they are another positive quantity of every module.
     """
     kinds: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for name, leak in leaks.items():
         for order, (module, value) in enumerate(leak.items()):
             layer = re.search(r"\.(\d+)\.", module)
             place = int(layer.group(1)) if layer else order
-            kinds.setdefault(module.rpartition(".")[2], {}).setdefault(name, []).append((place, value))
+            kinds.setdefault(module_kind(module), {}).setdefault(name, []).append((place, value))
     columns = min(4, max(1, len(kinds)))
     rows = -(-max(1, len(kinds)) // columns)
     figure, axes = _grid(rows, columns, height=1.75 * rows + 0.75, share=True)
@@ -176,10 +177,130 @@ def leak_per_layer(leaks: Mapping[str, Mapping[str, float]]) -> Figure:
         low, high = axes[0].get_ylim()
         axes[0].set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
     figure.supxlabel("layer", fontsize=9, color=_INK)
-    figure.supylabel("leak  ‖xU‖² / ‖x‖²", fontsize=9, color=_INK)
+    figure.supylabel(label, fontsize=9, color=_INK)
     if axes:
         _legend(figure, axes[0], len(leaks))
     return figure
+
+
+def heat_map_table(maps: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Covariance heat maps of several data sets side by side, each relative to its largest cell.
+
+    Args:
+        maps: For each row title (a module) and column title (a data set) a square array, pooled already or not. One
+            logarithmic scale of at most four decades holds for all.
+    """
+    columns = max((len(row) for row in maps.values()), default=0)
+    figure, axes = _grid(len(maps), columns, height=0.6 + 1.6 * len(maps), width=min(9.6, 2.2 + 1.9 * columns))
+    cells = {(title, name): pooled(_array(matrix)) for title, row in maps.items() for name, matrix in row.items()}
+    cells = {key: np.log10(np.maximum(map_ / max(map_.max(), 1e-300), 1e-4)) for key, map_ in cells.items()}
+    low = min((float(map_.min()) for map_ in cells.values()), default=-1.0) or -1.0
+    image = None
+    for index, (title, row) in enumerate(maps.items()):
+        for ax, name in zip(axes[index * columns :], row):
+            image = ax.imshow(cells[title, name], cmap="magma", vmin=low, vmax=0)
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            if index == 0:
+                ax.set_title(name, fontsize=8.5, color=_INK)
+        axes[index * columns].set_ylabel(_short(title), fontsize=7.5)
+    if image is not None:
+        bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[low, 0], pad=0.015)
+        bar.ax.set_yticklabels([f"max × {10**low:.2g}", "max"], fontsize=8, color=_INK)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def similarity_matrices(names: Sequence[str], matrices: Mapping[str, Any]) -> Figure:
+    """Square matrices over data sets with their values written in, one panel for each measure.
+
+    Args:
+        names: The data sets, in the order of rows and columns.
+        matrices: For each title an (n, n) array of values up to 1.
+    """
+    size = 1.4 + 0.5 * len(names)
+    figure, axes = _grid(1, len(matrices), height=size, width=min(9.6, (size + 0.5) * max(1, len(matrices))))
+    for ax, (title, matrix) in zip(axes, matrices.items()):
+        values = _array(matrix)
+        ax.imshow(values, cmap="viridis", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(values):
+            shade = "white" if value < 0.6 else "black"
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=8)
+        ax.set_title(title, fontsize=8.5, color=_INK)
+        ax.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        ax.set_yticks(range(len(names)), names)
+        ax.grid(False)
+    return figure
+
+
+def spectra_by_kind(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Eigenvalues of every covariance, relative to the largest: a row for each data set, a column for each kind.
+
+    Args:
+        spectra: For each data set and module its eigenvalues, descending. Lines of a panel are layers, from dark
+            (first) to light (last).
+    """
+    from matplotlib import colormaps
+
+    kinds = list(dict.fromkeys(module_kind(module) for modules in spectra.values() for module in modules))
+    figure, axes = _grid(len(spectra) if kinds else 0, len(kinds), height=0.7 + 1.75 * len(spectra), share=True)
+    for row, (name, modules) in enumerate(spectra.items()):
+        for column, kind in enumerate(kinds):
+            ax = axes[row * len(kinds) + column]
+            lines = [_array(values) for module, values in modules.items() if module_kind(module) == kind]
+            for index, values in enumerate(lines):
+                values = np.maximum(values / max(values[0], np.finfo(float).tiny), 1e-12)
+                colour = colormaps["viridis"](0.05 + 0.85 * index / max(1, len(lines) - 1))
+                ax.semilogy(np.linspace(0, 1, len(values)), values, color=colour, linewidth=1)
+            if row == 0:
+                ax.set_title(kind, fontsize=8.5, color=_INK)
+        axes[row * len(kinds)].set_ylabel(name)
+    figure.supxlabel("direction, as a share of d_in", fontsize=9, color=_INK)
+    return figure
+
+
+def discard_curves(panels: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> Figure:
+    """Relative output error over the share of components discarded, one panel for each title.
+
+    Args:
+        panels: For each title and method (share, error), both vectors.
+    """
+    columns = min(4, max(1, len(panels)))
+    rows = -(-max(1, len(panels)) // columns)
+    figure, axes = _grid(rows, columns, height=1.9 * rows + 0.75, share=True)
+    for ax, (title, curves) in zip(axes, panels.items()):
+        for colour, (method, (share, error)) in zip(_colours(), curves.items()):
+            error = np.where(_array(error) > 0, _array(error), np.nan)
+            ax.semilogy(_array(share), error, color=colour, linewidth=1.4, label=method)
+        ax.set_title(title, fontsize=8.5, color=_INK)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    figure.supxlabel("share of components discarded", fontsize=9, color=_INK)
+    figure.supylabel("‖(W0 − W_r) x‖ / ‖W0 x‖", fontsize=9, color=_INK)
+    _legend(figure, axes[0], max((len(curves) for curves in panels.values()), default=0))
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG on white."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def module_kind(module: str) -> str:
+    """What a module is called in every layer: its name after the layer number, ``self_attn.q_proj``."""
+    return re.sub(r"^.*\.\d+\.", "", module)
+
+
+def pooled(matrix: np.ndarray) -> np.ndarray:
+    """Mean of |entries| over at most 32 x 32 nearly equal blocks of a square matrix; a smaller one stays as it is."""
+    size = matrix.shape[0]
+    cells = min(size, _HEAT_MAP_CELLS)
+    edges = np.linspace(0, size, cells + 1).astype(int)
+    widths = np.diff(edges)
+    sums = np.add.reduceat(np.add.reduceat(np.abs(matrix), edges[:-1], axis=0), edges[:-1], axis=1)
+    return sums / np.outer(widths, widths)
 
 
 def _grid(rows: int, columns: int, height: float, width: float = 9.6, share: bool = False) -> tuple[Figure, list[Axes]]:
@@ -231,13 +352,3 @@ def _array(values: Any) -> np.ndarray:
     if hasattr(values, "detach"):
         values = values.detach().double().cpu().numpy()
     return np.asarray(values, dtype=np.float64)
-
-
-def _pooled(matrix: np.ndarray) -> np.ndarray:
-    """Mean of |matrix| over at most 32 x 32 nearly equal blocks."""
-    size = matrix.shape[0]
-    cells = min(size, _HEAT_MAP_CELLS)
-    edges = np.linspace(0, size, cells + 1).astype(int)
-    widths = np.diff(edges)
-    sums = np.add.reduceat(np.add.reduceat(np.abs(matrix), edges[:-1], axis=0), edges[:-1], axis=1)
-    return sums / np.outer(widths, widths)
