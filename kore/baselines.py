@@ -30,6 +30,7 @@ def prepare_model(
     solver: str = "auto",
     lora_alpha: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Make a model trainable by a method.
 
@@ -49,7 +50,8 @@ def prepare_model(
         model: The base model, without adapters. ``"full"`` sets its flags in place and returns it.
         method: One of :data:`METHODS`.
         cov: For ``"kore"``.
-        rank: Of the adapter, a number; ``"match-lora-R"`` also, for the methods with a frozen A. Not for ``"full"``.
+        rank: Of the adapter, a number; ``"match-lora-R"`` also, for the methods with a frozen A, and ``"energy:τ"``
+            for ``"kore"``, as in :class:`kore.KoreConfig`. Not for ``"full"``.
         targets: The adapted layers, as in :class:`kore.KoreConfig`.
         modules_to_save: Modules trained in full beside the adapter, by default the projector.
         seed: Of A.
@@ -57,6 +59,7 @@ def prepare_model(
         solver: Of the null space.
         lora_alpha: For ``"lora"``.
         progress: Show a progress bar on an interactive terminal.
+        checkpoint: A folder that keeps what is finished of a frozen A, see :func:`kore.get_kore_model`.
 
     Raises:
         ConfigError: The method is unknown, or its rank or covariance is missing.
@@ -81,7 +84,7 @@ def prepare_model(
         solver=solver,
         seed=seed,
     )
-    return get_kore_model(model, cov, config, progress=progress)
+    return get_kore_model(model, cov, config, progress=progress, checkpoint=checkpoint)
 
 
 def _lora(

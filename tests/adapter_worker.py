@@ -27,7 +27,7 @@ def initialise(case: str, rank: int, folder: Path) -> None:
     if case == "sharded":
         from torch.distributed.fsdp import fully_shard
 
-        for layer in model.model.language_model.layers:
+        for layer in [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]:
             fully_shard(layer)
         fully_shard(model)
         assert type(model.get_submodule(cov.modules[-1]).weight).__name__ == "DTensor"

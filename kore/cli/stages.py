@@ -73,13 +73,16 @@ def init(
     output: Output,
     covariance: Annotated[Path | None, typer.Option("--covariance", "-c", help="Result of kore capture.")] = None,
     method: Annotated[str, typer.Option(help="kore, lora or random-a.")] = "kore",
-    rank: Annotated[str, typer.Option(help="A number, or match-lora-R for the size of LoRA rank R.")] = "64",
+    rank: Annotated[str, typer.Option(help="A number, match-lora-R (the size of LoRA rank R), or energy:τ.")] = "64",
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
     set: Set = None,
 ) -> None:
     """Make an untrained adapter; for method kore, one that the old data does not see.
+
+    Stopped and started again, it goes on where it was. Rank energy:0.001 takes, layer by layer, the largest rank that
+    reads less than this share of the old inputs' energy.
 
     Example: `kore init -m models/llava -c runs/a/covariance --rank match-lora-128 -o runs/a/adapter-init`
     """

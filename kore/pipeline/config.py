@@ -126,9 +126,18 @@ class AdapterSection(Section):
         if isinstance(value, str) and value.isdigit():
             value = int(value)
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if whole or (isinstance(value, str) and re.fullmatch(r"match-lora-[1-9]\d*", value)):
+        if whole or (isinstance(value, str) and _is_rank(value)):
             return value
-        raise ValueError("expected a whole number of 1 or more, or match-lora-R (for example match-lora-128)")
+        raise ValueError(
+            "expected a whole number of 1 or more, match-lora-R (for example match-lora-128), or energy:τ with "
+            "0 < τ < 1 (for example energy:0.001)"
+        )
+
+
+def _is_rank(text: str) -> bool:
+    from kore.adapter.rank import is_rank
+
+    return is_rank(text)
 
 
 class TrainSection(TrainConfig):

@@ -135,11 +135,15 @@ def _covariance(report: Any, config: RunConfig, out: Path) -> None:
         "C is the covariance of a layer's inputs on the old data. The adapter reads the directions in which C is "
         "smallest, so that what it learns leaves old inputs alone.",
     )
-    rank = read_json(adapter / "adapter_config.json").get("r")
+    settings = read_json(adapter / "adapter_config.json")
+    others = {name.removeprefix("^"): rank for name, rank in settings.get("rank_pattern", {}).items()}
+    ranks = {module: others.get(module, settings.get("r")) for module in covariance.modules}
     leaks = {"old inputs": analysis.leak(adapter, covariance)}
     if (out / "covariance-new").is_dir():
         leaks["new inputs"] = analysis.leak(adapter, load_covariance(out / "covariance-new"))
-    leaks["random directions"] = {module: rank / covariance.group(module).dim for module in leaks["old inputs"]}
+    leaks["random directions"] = {
+        module: ranks[module] / covariance.group(module).dim for module in leaks["old inputs"]
+    }
     means = ", ".join(f"{name} {sum(values.values()) / len(values):.1e}" for name, values in leaks.items())
     report.figure(
         figures.leak_per_layer(leaks),
@@ -152,9 +156,11 @@ def _covariance(report: Any, config: RunConfig, out: Path) -> None:
     small = {module: matrix for module, matrix in shown.items() if len(matrix) <= _LARGEST_SPECTRUM}
     if small:
         spectra = {module: analysis.spectrum(matrix) for module, matrix in small.items()}
+        least, several = min(ranks[module] for module in small), len({ranks[module] for module in small}) > 1
         report.figure(
-            figures.spectra(spectra, rank),
-            f"Eigenvalues of C. Shaded: the {rank} smallest directions, which the adapter reads.",
+            figures.spectra(spectra, least),
+            f"Eigenvalues of C. Shaded: the {least} smallest directions, which the adapter reads"
+            f"{' in every layer; in some it reads more' if several else ''}.",
         )
 
 

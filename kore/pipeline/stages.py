@@ -133,14 +133,16 @@ class InitStage:
         return (self.output / "adapter_config.json").is_file()
 
     def check(self, context: Workbench) -> None:
-        from kore.adapter import resolve_rank
+        from kore.adapter.rank import energy_share, resolve_rank
         from kore.covariance import load_covariance
         from kore.models import check_fingerprint, resolve_targets
 
         source = self._source()
         if source is not None and (source / MANIFEST).is_file():
             check_fingerprint(load_covariance(source).fingerprint, context.base(), f"the covariance {source}")
-        resolve_rank(context.base(), resolve_targets(context.base(), self.settings.targets), self.settings.rank)
+        names = resolve_targets(context.base(), self.settings.targets)
+        if source is None or energy_share(self.settings.rank) is None:
+            resolve_rank(context.base(), names, self.settings.rank)
 
     def run(self, context: Workbench) -> str:
         from kore.adapter import save_adapter
@@ -153,7 +155,13 @@ class InitStage:
         base = context.base()
         context.drop()
         model = prepare_model(
-            base, self.settings.method, cov=covariance, seed=self.seed, progress=context.progress, **options
+            base,
+            self.settings.method,
+            cov=covariance,
+            seed=self.seed,
+            progress=context.progress,
+            checkpoint=self.output / "checkpoint",
+            **options,
         )
         save_adapter(model, self.output)
         context.put_adapted(model, self.output, trainable=True)
