@@ -30,6 +30,7 @@ _PUBLIC = {
     "freeze_a": "kore.adapter",
     "accelerate": "kore.acceleration",
     "decelerate": "kore.acceleration",
+    "two_sided": "kore.protection",
     "load_model": "kore.models",
     "TrainConfig": "kore.training",
     "train": "kore.training",

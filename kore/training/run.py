@@ -24,6 +24,7 @@ from kore.training.identity import check_identity, run_identity, write_identity
 from kore.training.weights import has_adapter, load_trained
 
 if TYPE_CHECKING:
+    from kore.protection import TwoSided
     from kore.training.trainer import KoreTrainer
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def train(
     output_dir: str | os.PathLike[str] = "train",
     *,
     resume: bool = True,
+    protection: TwoSided | None = None,
 ) -> TrainResult:
     """Train what requires a gradient in ``model``, with loss on the answers of ``conversations``.
 
@@ -82,6 +84,8 @@ def train(
         output_dir: A directory of its own for this run.
         resume: Continue from the newest complete checkpoint in ``output_dir``, or return the finished run there;
             the result is that of an uninterrupted run. False starts over.
+        protection: A penalty from :func:`kore.two_sided`, added to the loss of every step. The history's ``loss`` is
+            the sum, its ``penalty`` the penalty alone, at the last step of the entry. Not with DeepSpeed or FSDP.
 
     Raises:
         ModelError: Nothing in the model is trainable.
@@ -92,6 +96,8 @@ def train(
     config = TrainConfig.of(config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("nothing in the model is trainable; wrap it with get_kore_model or baselines.prepare_model")
+    if protection is not None and (config.deepspeed or config.fsdp):
+        raise ConfigError("protection: sharded weights (deepspeed, fsdp) are not supported; train data-parallel")
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"{output_dir}: expected a directory for the training run, found a file")
@@ -103,6 +109,8 @@ def train(
 
     arguments = training_arguments(config, output_dir, model)
     identity = run_identity(model, encoder, examples.conversations, config, arguments.world_size)
+    if protection is not None:
+        identity["protection"] = protection.identity()
     known = resume and check_identity(output_dir, identity)
     result = _result(model, output_dir, examples.bad_rows)
     if known and (output_dir / HISTORY).is_file() and result.target.is_dir():
@@ -113,7 +121,7 @@ def train(
     if arguments.process_index == 0:
         _prepare(output_dir, identity, keep=known)
     _barrier()
-    result.history = _fit(model, encoder, examples, config, arguments, result, checkpoint)
+    result.history = _fit(model, encoder, examples, config, arguments, result, checkpoint, protection)
     return result
 
 
@@ -150,6 +158,7 @@ def _fit(
     arguments: Any,
     result: TrainResult,
     checkpoint: Path | None,
+    protection: TwoSided | None,
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -160,7 +169,12 @@ def _fit(
         _cast_trained(model, dict.fromkeys(dtypes, torch.float32))
     try:
         trainer = KoreTrainer(
-            model=model, config=config, args=arguments, train_dataset=examples, data_collator=encoder.collate
+            model=model,
+            config=config,
+            protection=protection,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=encoder.collate,
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"training cannot start with this configuration: {error}") from error

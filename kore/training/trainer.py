@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from kore.errors import KoreError
 from kore.models import base_model, projector_name
+from kore.protection import TwoSided
 from kore.training.checkpoints import keep_newest, mark_complete
 from kore.training.config import TrainConfig
 from kore.training.weights import load_trained, save_trained
@@ -55,10 +56,11 @@ class KoreTrainer(Trainer):
     """Trains what requires a gradient, the multimodal projector at its own learning rate.
 
     Checkpoints hold the adapter only (of a model without adapter: the trained weights), count once they are
-    complete, and load into the parameters in place, so what is frozen stays frozen.
+    complete, and load into the parameters in place, so what is frozen stays frozen. ``protection`` is added to the
+    loss of every optimizer step once, whatever way the step is split.
     """
 
-    def __init__(self, model: Any, *, config: TrainConfig, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *, config: TrainConfig, protection: TwoSided | None = None, **kwargs: Any) -> None:
         super().__init__(model=model, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -67,6 +69,8 @@ class KoreTrainer(Trainer):
             self.add_callback(LossBar)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, in compute_loss
         self._config = config
+        self._protection = protection
+        self._penalty: torch.Tensor | None = None
         self._model: torch.nn.Module = model
         base = base_model(model)
         self._selects_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -129,6 +133,11 @@ class KoreTrainer(Trainer):
             loss = torch.stack([loss, *(parameter.sum() * 0 for parameter in self._projector_parameters)]).sum()
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
+        if self._protection is not None and model.training and self.accelerator.sync_gradients:
+            penalty = self._protection()
+            self._penalty = penalty.detach()
+            whole = num_items_in_batch is not None  # otherwise the Trainer divides by the forward passes of a step
+            loss = loss + penalty.to(loss.device) * (1 if whole else self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -139,6 +148,8 @@ class KoreTrainer(Trainer):
                 f"the training loss is {loss} at step {self.state.global_step}; lower train.learning_rate "
                 "(or train.projector_learning_rate), or look for broken examples"
             )
+        if self._penalty is not None and loss is not None:
+            logs["penalty"] = float(self._penalty)
         if "learning_rate" in logs and self._projector_ratio is not None:
             logs["projector_learning_rate"] = logs["learning_rate"] * self._projector_ratio
         super().log(logs, *args, **kwargs)
