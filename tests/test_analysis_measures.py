@@ -9,11 +9,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kore.analysis import leak_and_energy_ratio, spectrum
-from kore.analysis.adapters import Update, read_updates
-from kore.analysis.reconstruction import METHODS, discard_errors
-from kore.analysis.retention import retention
-from kore.analysis.similarity import frobenius_similarity, map_similarity
+from kore.analysis import (
+    Update,
+    discard_errors,
+    frobenius_similarity,
+    leak_and_energy_ratio,
+    map_similarity,
+    measure_update,
+    read_updates,
+    spectrum,
+)
+from kore.analysis.reconstruction import METHODS
 from kore.errors import ArtifactError
 from kore.nullspace import energy_ratio
 
@@ -68,12 +74,12 @@ def test_retention_is_exact_and_below_its_bound():
     for A in (weakest, torch.randn(3, 12, dtype=torch.float64, generator=generator)):
         for _ in range(5):
             B = torch.randn(6, 3, dtype=torch.float64, generator=generator)
-            found = retention(Update(A, B, 0.5), x.T @ x)
+            found = measure_update(Update(A, B, 0.5), x.T @ x)
             assert found.change == pytest.approx(float((x @ A.T @ B.T * 0.5).norm()), rel=1e-6)
             assert found.change <= found.bound
             tight = float(torch.linalg.matrix_norm(0.5 * B, 2)) * float((x @ A.T).norm())
             assert found.bound == pytest.approx(tight, rel=1e-6)
-    one = retention(Update(A[:1], B[:, :1], 1.0), x.T @ x)
+    one = measure_update(Update(A[:1], B[:, :1], 1.0), x.T @ x)
     assert one.change == pytest.approx(one.bound, rel=1e-9)  # rank 1: no slack
 
 

@@ -94,7 +94,8 @@ def _leak(found: Analysis, report: Report, show: Callable[[str, Figure, str], No
         "What the adapter reads",
         "Leak: the share ‖xU‖² / ‖x‖² of the inputs' energy in the rows of A. Energy ratio E: the leak over the least "
         "that as many directions can have on the same data; 1 is perfect on the data of the calibration, and on other "
-        "data it says how far their quiet directions are others.",
+        "data it says how far their quiet directions are others. Where data leave directions out altogether, E on them "
+        "has no upper end.",
     )
     leaks = _per_layer(found, "leak")
     spectra = next(iter(found.spectra.values()))
@@ -102,7 +103,7 @@ def _leak(found: Analysis, report: Report, show: Callable[[str, Figure, str], No
         module: found.rank[module] / len(spectra[found.input_of[module]]) for module in found.layers
     }
     show("leak", figures.leak_per_layer(leaks), "Leak of every layer. Dashed: random directions, rank / d_in.")
-    _kind_table(found, report, {"leak": "leak", "energy_ratio": "E"}, "Means over the layers of a kind.")
+    _kind_table(found, report, {"leak": "leak", "energy_ratio": "E"}, "Medians over the layers of a kind.")
 
 
 def _retention(found: Analysis, report: Report, show: Callable[[str, Figure, str], None]) -> None:
@@ -123,7 +124,7 @@ def _retention(found: Analysis, report: Report, show: Callable[[str, Figure, str
     changes = _per_layer(found, f"change{suffix}")
     show("change", figures.leak_per_layer(changes, label), "Change of every layer's outputs.")
     keys = {f"change{suffix}": "change", f"bound{suffix}": "bound"}
-    _kind_table(found, report, keys, "Means over the layers of a kind.")
+    _kind_table(found, report, keys, "Medians over the layers of a kind.")
 
 
 def _reconstruction(found: Analysis, report: Report, show: Callable[[str, Figure, str], None]) -> None:
@@ -167,7 +168,7 @@ def _kind_table(found: Analysis, report: Report, keys: Mapping[str, str], captio
     columns = [f"{label}, {name}" for name in found.data for label in keys.values()]
     rows: list[list[Any]] = []
     for kind, modules in {**_by_kind(list(found.layers)), "all": list(found.layers)}.items():
-        values = [_mean(found.layers[module][name][key] for module in modules) for name in found.data for key in keys]
+        values = [_median(found.layers[module][name][key] for module in modules) for name in found.data for key in keys]
         rows.append([kind, len(modules), *(f"{value:.3g}" for value in values)])
     report.table(["kind", "layers", *columns], rows, caption)
 
@@ -189,6 +190,10 @@ def _representatives(groups: list[str]) -> list[str]:
 
 def _mean(values: Any) -> float:
     return float(np.mean(list(values)))
+
+
+def _median(values: Any) -> float:
+    return float(np.median(list(values)))
 
 
 def _file(name: str) -> str:

@@ -22,8 +22,8 @@ class Retention:
     bound: float
 
 
-def retention(update: Update, C: torch.Tensor) -> Retention:
-    """Measure an update on the data of C = Σ xᵀx.
+def measure_update(update: Update, C: torch.Tensor) -> Retention:
+    """How far an update moves the outputs on the data of C = Σ xᵀx, and the bound on that.
 
     With h = x Aᵀ and ΔB = scaling · B it is ‖h ΔBᵀ‖²_F ≤ ‖ΔB‖₂² ‖h‖²_F, and ‖h‖²_F = tr(A C Aᵀ).
 

@@ -14,7 +14,7 @@ import torch
 from kore.analysis.adapters import Update, read_updates
 from kore.analysis.leaks import leak_and_energy_ratio, row_space
 from kore.analysis.reconstruction import discard_errors, output_energy
-from kore.analysis.retention import retention
+from kore.analysis.retention import measure_update
 from kore.analysis.similarity import frobenius_similarity, map_similarity
 from kore.analysis.spectra import effective_rank, spectrum
 from kore.covariance import CovarianceSet, Group, load_covariance
@@ -214,7 +214,7 @@ def _measure_adapter(
         U = row_space(module, update.A, C)
         found.rank[module] = U.shape[1]
         value, ratio = leak_and_energy_ratio(U, C, found.spectra[name][group])
-        kept = asdict(retention(update, C))
+        kept = asdict(measure_update(update, C))
         if weight is not None:
             output = output_energy(weight, C) ** 0.5
             kept |= {f"{key}_ratio": amount / output if output else 0.0 for key, amount in kept.items()}
@@ -247,12 +247,8 @@ class _Weights:
         self._linears = named_linears(loaded)
 
     def __getitem__(self, module: str) -> torch.Tensor:
-        from transformers.pytorch_utils import Conv1D
+        from kore.adapter.factors import read_weight
 
         if module not in self._linears:
             raise ModelError(f"the model has no linear layer {module}; expected the one that was captured")
-        linear = self._linears[module]
-        weight = linear.weight
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            raise ModelError(f"{module}: its weight is quantised; give the model that it was quantised from")
-        return weight.detach().mT if isinstance(linear, Conv1D) else weight.detach()
+        return read_weight(module, self._linears[module])
