@@ -17,7 +17,7 @@ from kore.data import load_conversations
 from kore.training import train
 from kore.training.checkpoints import newest_complete
 from tests.tiny import save_tiny, tiny_conversations
-from tests.training_worker import prepared
+from tests.training_worker import penalty, prepared
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = dict(batch_size=2, epochs=3, learning_rate=5e-3, logging_steps=1, save_steps=5, report_to=[], progress=False)
@@ -53,14 +53,15 @@ def worker(root: Path, output: Path, processes: int = 1, method: str = "random-a
     return process.returncode
 
 
-def here(root: Path, output: Path, method: str = "random-a", **changes):
+def here(root: Path, output: Path, method: str = "random-a", strength: float | None = None, **changes):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         model, encoder = prepared("llava", root, method)
         data = load_conversations(root / "data" / "conversations.json", image_root=root / "data" / "images")
         data += load_conversations(root / "text" / "conversations.json")
-        return train(model, encoder, data, {**CONFIG, **changes}, output)
+        protection = None if strength is None else penalty(model, encoder, data, strength)
+        return train(model, encoder, data, {**CONFIG, **changes}, output, protection=protection)
     finally:
         torch.set_num_threads(threads)
 
@@ -138,4 +139,22 @@ def test_two_processes_agree_and_equal_one_with_the_double_batch(root: Path, tmp
     assert all(value.abs().max() > 1e-4 for name, value in first.items() if "lora_B" in name)
     for name, parameter in one.model.named_parameters():
         if parameter.requires_grad:
+            torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_share_a_penalty_as_one_has_it(root: Path, tmp_path: Path) -> None:
+    """Two processes with two passes to a step take the steps of one process with the whole batch, penalty included."""
+    descent = dict(optimizer="sgd", learning_rate=5.0, projector_learning_rate=0.5, epochs=2, save_steps=None)
+    config = {**CONFIG, **descent, "batch_size": 1, "gradient_accumulation": 2}
+    assert worker(root, tmp_path / "two", processes=2, config=config, strength=300.0) == 0
+    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    one = here(root, tmp_path / "one", strength=300.0, batch_size=4, **descent)
+    history = json.loads((tmp_path / "two" / "history.json").read_text())
+    assert len(history) == len(one.history) == 6 and history[-1]["penalty"] > 1e-2
+    for entry, reference in zip(history, one.history, strict=True):
+        for value in ("loss", "penalty"):
+            assert entry[value] == pytest.approx(reference[value], rel=1e-3, abs=1e-7)
+    for name, parameter in one.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(first[name], second[name]), name
             torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-3, atol=1e-5)

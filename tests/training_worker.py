@@ -22,6 +22,17 @@ def prepared(kind: str, root: Path, method: str = "random-a", dtype: str = "auto
     return model, Encoder.from_pretrained(root / kind)
 
 
+def penalty(model, encoder, conversations, strength: float):
+    """Two-sided protection of the conversations, taken as old data; every process captures all of them."""
+    from kore import capture_covariance, capture_output_gradients, two_sided
+    from kore.data import conversation_batches
+
+    batches = conversation_batches(conversations, encoder, 4)
+    options = {"progress": False, "distributed": False}
+    cov, gradients = (capture(model, batches, **options) for capture in (capture_covariance, capture_output_gradients))
+    return two_sided(model, cov, gradients, strength)
+
+
 def kill_at(step: int) -> None:
     """Make the Trainer kill this process in the middle of writing the checkpoint of ``step``."""
     from kore.training.trainer import KoreTrainer
@@ -47,7 +58,9 @@ def main() -> None:
     model, encoder = prepared(options["kind"], root, options["method"])
     conversations = load_conversations(root / "data" / "conversations.json", image_root=root / "data" / "images")
     conversations += load_conversations(root / "text" / "conversations.json")
-    train(model, encoder, conversations, options["config"], output)
+    strength = options.get("strength")
+    protection = None if strength is None else penalty(model, encoder, conversations, strength)
+    train(model, encoder, conversations, options["config"], output, protection=protection)
     rank = os.environ.get("RANK", "0")
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     torch.save(trained, output / f"rank{rank}.pt")

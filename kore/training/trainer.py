@@ -136,8 +136,11 @@ class KoreTrainer(Trainer):
         if self._protection is not None and model.training and self.accelerator.sync_gradients:
             penalty = self._protection()
             self._penalty = penalty.detach()
-            whole = num_items_in_batch is not None  # otherwise the Trainer divides by the forward passes of a step
-            loss = loss + penalty.to(loss.device) * (1 if whole else self.current_gradient_accumulation_steps)
+            if num_items_in_batch is None:  # the Trainer then divides the loss by the forward passes of the step
+                penalty = penalty * getattr(
+                    self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
+                )
+            loss = loss + penalty.to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
