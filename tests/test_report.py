@@ -99,3 +99,11 @@ def test_heat_map_cells_are_means_of_absolute_values():
 def test_empty_figures_are_drawn():
     for draw in (figures.loss_curves, figures.spectra, figures.covariance_heat_maps, figures.leak_per_layer):
         assert "<svg" in figures.to_svg(draw({}))
+    for draw in (figures.heat_map_table, figures.spectra_by_kind, figures.discard_curves):
+        assert "<svg" in figures.to_svg(draw({}))
+    assert "<svg" in figures.to_svg(figures.similarity_matrices([], {}))
+
+
+def test_the_kind_of_a_module_is_its_name_in_a_layer():
+    assert figures.module_kind("model.layers.11.self_attn.q_proj") == "self_attn.q_proj"
+    assert figures.module_kind("h.3.experts.2.up") == "up" and figures.module_kind("head") == "head"
