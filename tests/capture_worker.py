@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kore.capture import capture_covariance
-from kore.capture.processes import Processes
+from kore.distributed import Processes
 from kore.errors import KoreError
 from kore.models import language_model_linears
 from kore.triangle import Triangle

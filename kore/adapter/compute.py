@@ -17,8 +17,8 @@ from kore.adapter.config import KoreConfig
 from kore.adapter.factors import device_of, is_sharded, read_weight, thin_init
 from kore.adapter.parts import Part, Parts
 from kore.adapter.rank import energy_rank, energy_share
-from kore.capture.processes import Processes
 from kore.covariance import CovarianceSet
+from kore.distributed import Processes
 from kore.errors import KoreError, ModelError
 from kore.models import linear_shape, named_linears
 from kore.nullspace import null_space

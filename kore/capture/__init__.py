@@ -3,8 +3,8 @@
 ``run`` has the public calls, ``plan`` says what memory they take and ``windows`` keeps it within a budget. ``engine``
 is one pass over the data: ``hooks`` feeds the model, ``selection`` and ``rows`` say which rows count, ``input_groups``
 finds the layers that share an input, ``accumulator`` sums each input through a token buffer into a matrix that
-``storage`` has placed, ``checkpoint`` makes a killed run go on, and ``processes`` adds up what several have captured.
-``gradients`` does the same with the gradients at the layers' outputs.
+``storage`` has placed, ``checkpoint`` makes a killed run go on, and ``kore.distributed`` adds up what
+several processes have captured. ``gradients`` does the same with the gradients at the layers' outputs.
 """
 
 from kore.capture.plan import MemoryPlan

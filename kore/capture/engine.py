@@ -19,10 +19,10 @@ from kore.capture.checkpoint import CaptureCheckpoint
 from kore.capture.hooks import HookedModel, input_device, output_head
 from kore.capture.input_groups import InputGroups, agree
 from kore.capture.plan import MemoryPlan, PlannedGroup, free_bytes, make_plan
-from kore.capture.processes import Processes
 from kore.capture.selection import Selector
 from kore.capture.storage import Storage
 from kore.covariance import CovarianceSet, Group
+from kore.distributed import Processes
 from kore.errors import KoreError
 from kore.models import language_model_linears, linear_shape, model_fingerprint, named_linears, resolve_targets
 from kore.sizes import format_bytes

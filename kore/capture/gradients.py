@@ -14,10 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from kore.capture.engine import Engine, Options
 from kore.capture.hooks import HookedModel
 from kore.capture.input_groups import InputGroups
-from kore.capture.processes import Processes
 from kore.capture.rows import counted_rows
 from kore.capture.selection import Selection, Selector
 from kore.covariance import CovarianceSet, Group, OutputGradients
+from kore.distributed import Processes
 from kore.errors import KoreError
 from kore.models import linear_shape
 

@@ -12,10 +12,10 @@ from torch import nn
 from kore.capture.engine import Engine, Options
 from kore.capture.gradients import GradientEngine
 from kore.capture.plan import MemoryPlan
-from kore.capture.processes import Processes
 from kore.capture.storage import STORAGE
 from kore.capture.windows import capture_in_windows, first_batch
 from kore.covariance import CovarianceSet, OutputGradients
+from kore.distributed import Processes
 from kore.errors import KoreError
 from kore.sizes import parse_bytes
 

@@ -12,8 +12,8 @@ from kore.nullspace.solvers import block_columns, solve_eigh, solve_randomized
 
 METHODS = ("auto", "eigh", "randomized")
 
-# The cost of eigh over that of the Cholesky factorisation, in units of d³, and of one block of the randomized solver in
-# units of d² times its columns, both measured on a CPU; the randomized solver takes about four blocks.
+# Rough operation counts: of eigh in units of d³, of a block of the randomized solver in units of d² times its columns,
+# and of how many blocks it takes. The orders of magnitude are those of times on a CPU.
 _EIGH_COST, _BLOCK_COST, _BLOCKS = 11.0, 12.0, 4
 _EIGH_MAX_DIM = 256
 
@@ -69,8 +69,8 @@ def null_space(
             estimated from the residuals, is at most this.
         max_iterations: Of the randomized solver.
 
-    Peak memory beside C: with eigh three, with the randomized solver two matrices (d, d) in float64, and a few
-    hundred columns.
+    Peak memory beside C: with eigh about four, with the randomized solver two matrices (d, d) in float64, and its
+    blocks.
 
     Raises:
         KoreError: C is not a finite symmetric matrix, or rank is not in 1..d.
