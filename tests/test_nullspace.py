@@ -78,6 +78,9 @@ def test_never_worse_than_float32_svd_of_the_same_matrix(condition):
     C = graded(300, condition)
     U = torch.linalg.svd(C.float()).U[:, -40:].double()
     official = energy_ratio(C, torch.linalg.qr(U).Q)
+    svd = null_space(C, 40, "svd")
+    assert torch.equal(svd.basis, U.flip(1)) and svd.energy_ratio == pytest.approx(official, rel=1e-3)
+    assert svd.method == "svd" and svd.iterations == 0
     for method in ("eigh", "randomized"):
         assert energy_ratio(C, null_space(C, 40, method).basis) <= max(official, 1.02)
 
@@ -158,4 +161,4 @@ def test_wrong_arguments(C, rank, message):
     with pytest.raises(KoreError, match=message):
         null_space(C, rank)
     with pytest.raises(KoreError, match="method"):
-        null_space(torch.eye(4), 1, "svd")
+        null_space(torch.eye(4), 1, "qr")

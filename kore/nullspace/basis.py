@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from kore.errors import KoreError
-from kore.nullspace.solvers import block_columns, solve_eigh, solve_randomized
+from kore.nullspace.solvers import block_columns, solve_eigh, solve_randomized, solve_svd
 
-METHODS = ("auto", "eigh", "randomized")
+METHODS = ("auto", "eigh", "randomized", "svd")
 
 # Rough operation counts: of eigh in units of d³, of a block of the randomized solver in units of d² times its columns,
 # and of how many blocks it takes. The orders of magnitude are those of times on a CPU.
@@ -23,15 +23,15 @@ class NullSpace:
     """The r directions of smallest energy of a covariance C (d, d).
 
     Attributes:
-        basis: U (d, r), float64, orthonormal columns.
+        basis: U (d, r), float64, orthonormal columns (of ``"svd"`` to the rounding of float32).
         eigenvalues: (r,) float64, ascending: uᵀCu of every column, so tr(UᵀCU) is their sum.
-        energy_ratio: E(U), see :func:`energy_ratio`; 1 is perfect. Exact from eigh. From the randomized solver, which
-            does not compute the spectrum, an estimate from the residuals; it tends to be above E.
+        energy_ratio: E(U), see :func:`energy_ratio`; 1 is perfect. Exact from eigh and svd. From the randomized
+            solver, which does not compute the spectrum, an estimate from the residuals; it tends to be above E.
         residual: ‖CU − U diag(eigenvalues)‖_F / ‖C‖_F.
         null_dim: How many of the r directions carry no energy above the rounding of C: uᵀCu ≤ ε tr(C), with ε of
             the dtype in which C was given.
-        method: ``"eigh"`` or ``"randomized"``, the solver that ran.
-        iterations: Blocks of the randomized solver; 0 for eigh.
+        method: ``"eigh"``, ``"randomized"`` or ``"svd"``, the solver that ran.
+        iterations: Blocks of the randomized solver; 0 for the others.
     """
 
     basis: torch.Tensor
@@ -63,7 +63,8 @@ def null_space(
         rank: r, from 1 to d.
         method: ``"eigh"``; ``"randomized"``, a block Krylov space of the shifted inverse, for r well below d;
             ``"auto"``, whichever is expected to take fewer operations, with eigh where the randomized solver does
-            not converge.
+            not converge; ``"svd"``, the last left singular vectors of C in float32, as the official code takes them,
+            whatever that rounding does to them.
         seed: Of the randomized solver's start.
         tolerance: The randomized solver stops when the excess of its energy, relative to the energy found and
             estimated from the residuals, is at most this.
@@ -80,7 +81,7 @@ def null_space(
     C = C.detach().to(torch.float64)
     d, trace = C.shape[0], float(C.diagonal().sum())
     basis, ratio, iterations, used = None, 1.0, 0, method
-    if method != "eigh" and not (method == "auto" and _eigh_is_cheaper(d, rank)):
+    if method in ("auto", "randomized") and not (method == "auto" and _eigh_is_cheaper(d, rank)):
         found = solve_randomized(C, rank, seed, tolerance, max_iterations, epsilon)
         if found.converged or method == "randomized":
             basis, iterations, used = found.basis, found.iterations, "randomized"
@@ -92,8 +93,8 @@ def null_space(
                     stacklevel=2,
                 )
     if basis is None:
-        used = "eigh"
-        basis, smallest = solve_eigh(C, rank)
+        used = "svd" if method == "svd" else "eigh"
+        basis, smallest = solve_svd(C, rank) if method == "svd" else solve_eigh(C, rank)
         ratio = _ratio(float((basis * (C @ basis)).sum()), float(smallest.sum()), rank, trace)
     product = C @ basis
     eigenvalues = (basis * product).sum(dim=0)

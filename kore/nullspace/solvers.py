@@ -21,6 +21,12 @@ def solve_eigh(C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return vectors[:, :rank].clone(), eigenvalues[:rank].clone()
 
 
+def solve_svd(C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U (d, r) of float32's SVD, orthonormal to float32, as float64; and the r smallest eigenvalues of C, not of U."""
+    U = torch.linalg.svd(C.float()).U[:, -rank:].flip(1)
+    return U.to(C.dtype), torch.linalg.eigvalsh(C)[:rank]
+
+
 def block_columns(d: int, rank: int) -> int:
     """r + p, the columns of a block of the randomized solver."""
     return min(d, rank + max(_LEAST_EXTRA, rank // _EXTRA_SHARE))
