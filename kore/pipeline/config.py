@@ -118,7 +118,7 @@ class AdapterSection(Section):
     scale: Literal["sqrt", "orthonormal"] = "sqrt"
     modules_to_save: Literal["auto"] | list[str] | None = "auto"
     """Modules trained in full beside the adapter; "auto" is the multimodal projector, null is none."""
-    solver: Literal["auto", "eigh", "randomized"] = "auto"
+    solver: Literal["auto", "eigh", "randomized", "svd"] = "auto"
 
     @field_validator("rank", mode="before")
     @classmethod
