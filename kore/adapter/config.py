@@ -28,8 +28,8 @@ class KoreConfig:
         scale: Row lengths of A. ``"sqrt"``: A = √Σ Vᵀ of svd(W0 U Uᵀ) as in the paper. ``"orthonormal"``: A = Vᵀ.
         constraint: ``"null_space"``; or ``"none"``, where a random subspace takes the place of the null space and
             all else stays the same (a random frozen A).
-        solver: ``"auto"``, ``"eigh"``, ``"randomized"`` or ``"svd"``, see :func:`kore.null_space`. ``"energy:τ"`` computes whole
-            spectra, and takes ``"auto"`` for ``"eigh"``.
+        solver: ``"auto"``, ``"eigh"``, ``"randomized"`` or ``"svd"``, see :func:`kore.null_space`. ``"energy:τ"``
+            computes whole spectra, and takes ``"auto"`` for ``"eigh"``.
         seed: Of the randomized solver, or of the random subspaces.
     """
 
