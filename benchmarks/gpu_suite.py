@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import kore_kernels as kk
-from benchmarks import gpu_covariance, gpu_lora, gpu_model, gpu_step
+from benchmarks import gpu_covariance, gpu_init, gpu_init_times, gpu_lora, gpu_model, gpu_step
 from kore.bench.machine import Roofline, describe, resolve_device
 from kore.bench.show import write_json
 from kore.bench.timing import Clock
@@ -50,6 +50,7 @@ class Suite:
         wrong: One line for everything that is wrong.
         missed: One line for everything that was not reached in time.
         result: What is written.
+        clean: Of every section that ran, whether it found nothing wrong.
     """
 
     device: torch.device
@@ -62,6 +63,7 @@ class Suite:
     wrong: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
+    clean: dict[str, bool] = field(default_factory=dict)
 
     @property
     def backend(self) -> str:
@@ -107,7 +109,9 @@ SECTIONS = (
     Section("covariance", gpu_covariance.times, 80, needs="correctness"),
     Section("lora", gpu_lora.times, 75, needs="lora correctness"),
     Section("model", gpu_model.section, 55, needs="correctness"),
-    Section("training step", gpu_step.section, 50, needs="lora correctness"),
+    Section("training step", gpu_step.section, 60, needs="lora correctness"),
+    Section("init correctness", gpu_init.correctness, 25),
+    Section("init", gpu_init_times.section, 120, needs="init correctness"),
 )
 
 
@@ -124,10 +128,9 @@ def run(suite: Suite, names: list[str], commit: str | None) -> int:
         "seconds": {},
     }
     suite.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    clean: dict[str, bool] = {}
     chosen = [section for section in SECTIONS if section.name in names]
     for index, section in enumerate(chosen):
-        if section.needs and not clean.get(section.needs, True):
+        if section.needs and not suite.clean.get(section.needs, True):
             suite.fail(f"{section.name}: not run, because {section.needs} found something wrong")
             continue
         started, faults = time.monotonic(), len(suite.wrong)
@@ -139,7 +142,7 @@ def run(suite: Suite, names: list[str], commit: str | None) -> int:
         except Exception as error:
             traceback.print_exc()
             suite.fail(f"{section.name}: {gpu_covariance.one_line(error)}")
-        clean[section.name] = len(suite.wrong) == faults
+        suite.clean[section.name] = len(suite.wrong) == faults
         suite.result["seconds"][section.name] = round(time.monotonic() - started, 1)
         if suite.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -268,6 +268,9 @@ def test_the_gpu_suite_runs_whole_on_tiny_shapes(tmp_path):
     assert [case["refused"] for case in result["lora"]["cases"]] == [{}] * len(gpu_lora.cases(True))
     assert {goal["found"] for goal in result["lora"]["goals"].values()} == {None}
     assert result["training step"]["rounds"] >= 3 and len(result["training step"]["contenders"]) == 6
+    assert result["init correctness"]["adapter"]["layers"] == result["init"]["linears"] == 14
+    assert result["init"]["official"]["total_s"] > 0 and len(result["init"]["solver"]) == 6
+    assert all(goal.get("most", goal.get("least")) for goal in result["init"]["goals"].values())
     assert {(d, n) for _, d, n in cases(False)} == {
         (d, n) for d in (1024, 4096, 5120, 11008, 13824, 18944) for n in (600, 2048, 8192)
     }

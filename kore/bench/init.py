@@ -58,15 +58,21 @@ class Plan:
         }
 
 
-def graded_covariance(d: int, condition: float, seed: int) -> Tensor:
-    """(d, d) float32 with eigenvalues in a geometric series, then six channels with 60 times the amplitude."""
+def graded_covariance(
+    d: int,
+    condition: float,
+    seed: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(d, d) with eigenvalues in a geometric series, then six channels with 60 times the amplitude; made in float64."""
     generator = torch.Generator().manual_seed(seed)
-    Q = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)).Q
-    C = (Q * condition ** -torch.linspace(0, 1, d, dtype=torch.float64)) @ Q.mT
+    Q = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator).to(device)).Q
+    C = (Q * condition ** -torch.linspace(0, 1, d, dtype=torch.float64, device=device)) @ Q.mT
     scale = torch.ones(d, dtype=torch.float64)
     scale[torch.randperm(d, generator=generator)[:6]] = 60
-    C = C * scale * scale[:, None]
-    return ((C + C.mT) / 2).float()
+    C.mul_(scale.to(C.device)).mul_(scale.to(C.device)[:, None])
+    return C.add_(C.mT.clone()).div_(2).to(dtype)
 
 
 def run(plan: Plan, device: torch.device, done: Callable[[str], None] = lambda name: None) -> dict[str, Any]:
@@ -76,8 +82,7 @@ def run(plan: Plan, device: torch.device, done: Callable[[str], None] = lambda n
         InaccurateError: A null space of ours has an energy ratio above 1.02 and above that of the recipe.
     """
     covariances = {
-        name: graded_covariance(d, plan.condition, seed).to(device)
-        for seed, (name, d) in enumerate(plan.inputs().items())
+        name: graded_covariance(d, plan.condition, seed, device) for seed, (name, d) in enumerate(plan.inputs().items())
     }
     weights = {
         name: (torch.randn(d_out, plan.inputs()[reads]) / plan.inputs()[reads] ** 0.5).to(device)
@@ -115,7 +120,7 @@ def _quality(plan: Plan, covariances: Mapping[str, Tensor]) -> dict[str, dict[st
         ours = null_space(C, plan.rank)
         ratios = {
             OURS: energy_ratio(exact, ours.basis),
-            OFFICIAL: energy_ratio(exact, torch.linalg.qr(_official_basis(C, plan.rank).double()).Q),
+            OFFICIAL: energy_ratio(exact, torch.linalg.qr(official_basis(C, plan.rank).double()).Q),
         }
         if not ratios[OURS] <= max(RATIO_GOAL, ratios[OFFICIAL]):
             raise InaccurateError(f"{name}: energy ratio {ratios[OURS]:.4f}, allowed are {RATIO_GOAL}")
@@ -133,14 +138,20 @@ def _ours(plan: Plan, covariances: Mapping[str, Tensor], weights: Mapping[str, T
     return factors
 
 
-def _official_basis(C: Tensor, rank: int) -> Tensor:
+def official_basis(C: Tensor, rank: int) -> Tensor:
+    """U (d, r) of the recipe: the last left singular vectors of C, by a full SVD in its dtype."""
     return torch.linalg.svd(C).U[:, -rank:]
 
 
+def official_factor(weight: Tensor, basis: Tensor) -> Tensor:
+    """A (r, d_in) of the recipe: √Σ Vᵀ of the r largest of a full SVD of W0 P, in W0's dtype."""
+    rank = basis.shape[1]
+    _, singular, Vh = torch.linalg.svd(weight @ (basis @ basis.mT), full_matrices=False)
+    return singular[:rank].sqrt()[:, None] * Vh[:rank]
+
+
 def _official(plan: Plan, covariances: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
-    factors = []
-    for name, (reads, _) in plan.layers().items():
-        U = _official_basis(covariances[reads], plan.rank)
-        _, singular, Vh = torch.linalg.svd(weights[name] @ (U @ U.mT), full_matrices=False)
-        factors.append(singular[: plan.rank].sqrt()[:, None] * Vh[: plan.rank])
-    return factors
+    return [
+        official_factor(weights[name], official_basis(covariances[reads], plan.rank))
+        for name, (reads, _) in plan.layers().items()
+    ]
