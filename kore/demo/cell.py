@@ -88,7 +88,6 @@ def run_cell(
 
     Returns the marks, the loss history, the number of trained parameters and the seconds it took.
     """
-    import kore
     from kore import baselines
 
     key = {**budget.as_dict(), "method": method.prepare, "augmented": method.augmented, "rank": str(method.rank),
@@ -107,25 +106,47 @@ def run_cell(
         seed=seed,
         progress=False,
     )
+    data = inputs.augmented if method.augmented else inputs.plain
+    prepared = time.perf_counter() - started
+    cell = {"key": key, **train_and_ask(model, inputs, data, learning_rate, seed, budget, directory)}
+    cell["train_seconds"] += prepared
+    atomic_write(done, json.dumps(cell, indent=1))
+    return cell
+
+
+def train_and_ask(
+    model: Any,
+    inputs: Inputs,
+    data: Any,
+    learning_rate: float,
+    seed: int,
+    budget: Budget,
+    directory: Path,
+    protection: Any = None,
+) -> dict[str, Any]:
+    """Train a prepared model on ``data`` and ask it all questions; what a cell holds, without its key.
+
+    Args:
+        protection: A penalty for :func:`kore.train`.
+    """
+    import kore
+
+    started = time.perf_counter()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config = kore.TrainConfig(
         **training_settings(learning_rate, budget), report_to=[], save_steps=None, progress=False, seed=seed
     )
-    data = inputs.augmented if method.augmented else inputs.plain
-    result = kore.train(model, inputs.encoder, data, config, directory / "train", resume=False)
+    result = kore.train(model, inputs.encoder, data, config, directory / "train", resume=False, protection=protection)
     trained = time.perf_counter()
     new = ask(result.model, inputs.encoder, inputs.new_questions, directory / "new")
     old = ask(result.model, inputs.encoder, inputs.old_questions, directory / "old")
-    cell = {
-        "key": key,
+    return {
         "trainable": trainable,
         **marks(new, old),
         "history": result.history,
         "train_seconds": trained - started,
         "eval_seconds": time.perf_counter() - trained,
     }
-    atomic_write(done, json.dumps(cell, indent=1))
-    return cell
 
 
 def run_in_worker(
