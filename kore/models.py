@@ -130,10 +130,13 @@ def named_linears(model: nn.Module) -> dict[str, Any]:
 
 
 def linear_shape(linear: Any) -> tuple[int, int]:
-    """(d_out, d_in) of a linear layer, also of ``Conv1D``, which stores its weight transposed."""
+    """(d_out, d_in) of a linear layer, also of ``Conv1D``, which stores its weight transposed.
+
+    Of a parameter that DeepSpeed ZeRO-3 has partitioned, the shape of the whole.
+    """
     if hasattr(linear, "in_features"):
         return int(linear.out_features), int(linear.in_features)
-    d_in, d_out = linear.weight.shape
+    d_in, d_out = getattr(linear.weight, "ds_shape", linear.weight.shape)
     return int(d_out), int(d_in)
 
 

@@ -1,4 +1,4 @@
-"""Fused LoRA layers under DeepSpeed ZeRO-3, whose parameters are gathered from two processes when they are needed."""
+"""Adapters made and trained under DeepSpeed ZeRO-3, whose parameters are gathered from two processes when needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.batches import make_batch
+import kore
+from kore.artifacts import load_tensors
+from tests.batches import MODELS, make_batch, make_batches
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -21,9 +23,10 @@ LAYERS = 14
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What both processes found, by case."""
+def folder(tmp_path_factory):
+    """What both processes wrote."""
     folder = tmp_path_factory.mktemp("zero3")
+    kore.capture_covariance(MODELS["llama"](), make_batches("llama"), progress=False).save(folder / "covariance")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     # A session of its own, so that a run that hangs is ended with all its processes.
@@ -42,6 +45,12 @@ def ranks(tmp_path_factory):
             os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError("the processes hang") from None
     assert process.returncode == 0, output[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What both processes found in training, by case."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -100,3 +109,35 @@ def test_every_layer_runs_fused_and_alone(ranks):
             passes = 2 if "checkpointing" in case else 1
             calls = LAYERS * 3 * passes if "fused" in case else 0
             assert result["calls"] == {"one": calls, "several": 0}, case
+
+
+@pytest.mark.parametrize("case", ["rank", "energy", "random"])
+def test_partitioned_weights_give_the_adapter_that_one_process_makes(folder, tmp_path, case):
+    from tests.zero3_worker import CONFIGS
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cov = kore.load_covariance(folder / "covariance")
+    kore.save_adapter(kore.get_kore_model(MODELS["llama"](), cov, CONFIGS[case], progress=False), tmp_path / "one")
+    torch.set_num_threads(threads)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for rank in range(2):
+            assert (folder / f"{case}-{rank}" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_trained_adapter_is_saved_whole_or_not_at_all(folder):
+    started = load_tensors(folder / "rank-0" / "adapter_model.safetensors")
+    for rank in range(2):
+        assert not (folder / f"apart-{rank}").exists()
+        trained = load_tensors(folder / f"trained-{rank}" / "adapter_model.safetensors")
+        assert trained.keys() == started.keys() and len(trained) == 2 * LAYERS
+        for name, factor in trained.items():
+            assert torch.equal(factor, started[name]) == (".lora_A." in name)
+
+
+def test_what_partitioned_weights_do_not_allow_is_said(folder):
+    for rank in range(2):
+        found = torch.load(folder / f"init{rank}.pt", weights_only=True)
+        assert "is partitioned by DeepSpeed ZeRO-3" in found["apart"] and "GatheredParameters" in found["apart"]
+        assert "outside deepspeed.zero.Init" in found["inside"]
+        assert found["conv"] == ((6, 4), True)

@@ -13,7 +13,7 @@ from kore.adapter.compute import compute_factors
 from kore.adapter.config import KoreConfig
 from kore.adapter.frozen import freeze_a
 from kore.adapter.rank import energy_share, resolve_rank
-from kore.adapter.wrap import check_unadapted, wrap_lora
+from kore.adapter.wrap import check_outside_zero_init, check_unadapted, wrap_lora
 from kore.covariance import CovarianceSet
 from kore.errors import ConfigError
 from kore.models import check_fingerprint, model_fingerprint, resolve_targets
@@ -41,8 +41,8 @@ def get_kore_model(
 
     One null space is solved for each input that layers share, and one thin SVD for each layer, input after input.
     Peak memory beside the model and the factors A: one covariance as it was captured and what
-    :func:`kore.null_space` needs for it; after it is freed, U and one weight W0 in float64. Sharded weights (FSDP2)
-    are gathered layer by layer; besides, the whole weights of the layers of one input are held in their own dtype.
+    :func:`kore.null_space` needs for it; after it is freed, U and one weight W0 in float64. Sharded weights (FSDP2,
+    DeepSpeed ZeRO-3) are gathered layer by layer; besides, the whole weights of the layers of one input are held in their own dtype.
 
     Args:
         model: The base model, without adapters. Its weights are not changed; its target layers are wrapped.
@@ -61,11 +61,13 @@ def get_kore_model(
         is in its ``kore_info``, which :func:`save_adapter` writes.
 
     Raises:
-        ModelError: The covariance belongs to another model, or the model has an adapter.
+        ModelError: The covariance belongs to another model, the model has an adapter, or the call is made inside
+            ``deepspeed.zero.Init``.
         ConfigError: The rank is larger than d_in of a layer, or a module name is wrong.
         KoreError: A layer has no covariance, or one that is not finite; or the checkpoint is of something else.
     """
     check_unadapted(model)
+    check_outside_zero_init()
     if config.constraint == "null_space" and cov is None:
         raise ConfigError('get_kore_model: constraint="null_space" needs a covariance; capture one first')
     if cov is not None:

@@ -56,7 +56,9 @@ def read_weight(name: str, linear: Any) -> torch.Tensor:
                 f"{name}: bitsandbytes packed its 4-bit weight for inference on this CPU, for good; "
                 "load the model again for the adapter"
             )
-        if is_sharded(linear):
+        if hasattr(weight, "ds_id"):
+            weight = _gathered(weight)
+        elif is_sharded(linear):
             weight = weight.detach().full_tensor()
         elif type(weight).__module__.startswith("torchao."):
             weight = weight.dequantize()
@@ -67,8 +69,17 @@ def read_weight(name: str, linear: Any) -> torch.Tensor:
 
 
 def is_sharded(linear: Any) -> bool:
-    """Whether the weight is a DTensor, as FSDP2 makes it."""
-    return isinstance(linear.weight, torch.Tensor) and hasattr(linear.weight, "full_tensor")
+    """Whether processes hold parts of the weight: a DTensor, as FSDP2 makes it, or a parameter of DeepSpeed ZeRO-3."""
+    weight = linear.weight
+    return isinstance(weight, torch.Tensor) and (hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"))
+
+
+def _gathered(weight: Any) -> torch.Tensor:
+    """A copy of a whole ZeRO-3 parameter, which all processes must ask for together; it stays partitioned."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
 
 
 def device_of(linear: Any) -> torch.device:

@@ -12,7 +12,7 @@ from torch import nn
 
 from kore import __version__
 from kore.adapter.frozen import freeze_a
-from kore.adapter.wrap import check_unadapted
+from kore.adapter.wrap import check_outside_zero_init, check_unadapted, check_whole
 from kore.artifacts import atomic_directory, atomic_write, file_sha256, read_json
 from kore.errors import ArtifactError, KoreError
 from kore.models import check_fingerprint, model_fingerprint
@@ -37,9 +37,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[
         extra: JSON-serialisable content to keep in ``kore.json`` under ``"extra"``.
 
     Raises:
-        KoreError: The model has no adapter.
+        KoreError: The model has no adapter, or DeepSpeed ZeRO-3 holds it in parts.
     """
     peft_model = _peft_model(model)
+    check_whole(peft_model)
     info = getattr(peft_model, "kore_info", None) or {
         "method": "lora",
         "a_frozen": False,
@@ -81,6 +82,7 @@ def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: b
     from peft import PeftModel
 
     check_unadapted(model)
+    check_outside_zero_init()
     directory = Path(path)
     info = read_info(directory)
     check_fingerprint(info["base_fingerprint"], model, f"the adapter {directory}")

@@ -26,6 +26,26 @@ def check_unadapted(model: nn.Module) -> None:
         raise ModelError("expected a base model, got one with an adapter; merge or unload the adapter first")
 
 
+def check_outside_zero_init() -> None:
+    """Raise ModelError inside ``deepspeed.zero.Init``, which partitions every layer as soon as it is made."""
+    if hasattr(nn.LayerNorm(1).weight, "ds_id"):
+        raise ModelError(
+            "expected to be called outside deepspeed.zero.Init, which would take the adapter's layers apart before "
+            "their values are written; call it after that block (the base model may be partitioned)"
+        )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ModelError where DeepSpeed ZeRO-3 holds trainable parameters or LoRA factors in parts."""
+    for name, parameter in model.named_parameters():
+        partitioned = hasattr(parameter, "ds_id") and parameter.numel() == 0
+        if partitioned and (parameter.requires_grad or ".lora_" in name):
+            raise ModelError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3, so its values are not here; on all processes, put the call "
+                'inside deepspeed.zero.GatheredParameters([p for n, p in model.named_parameters() if ".lora_" in n])'
+            )
+
+
 def wrap_lora(
     model: nn.Module,
     names: Sequence[str],
