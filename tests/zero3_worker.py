@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 import kore
 import kore_kernels as kk
-from tests.acceleration_models import frozen_lora, kore_model
 from kore.adapter.factors import read_weight
 from kore.errors import ModelError
 from kore.models import linear_shape
-from tests.batches import MODELS, make_batch, make_batches
+from tests.acceleration_models import frozen_lora, kore_model
+from tests.batches import MODELS, make_batch
 
 STEPS = 3
 CONFIGS = {

@@ -42,7 +42,8 @@ def get_kore_model(
     One null space is solved for each input that layers share, and one thin SVD for each layer, input after input.
     Peak memory beside the model and the factors A: one covariance as it was captured and what
     :func:`kore.null_space` needs for it; after it is freed, U and one weight W0 in float64. Sharded weights (FSDP2,
-    DeepSpeed ZeRO-3) are gathered layer by layer; besides, the whole weights of the layers of one input are held in their own dtype.
+    DeepSpeed ZeRO-3) are gathered layer by layer; besides, the whole weights of the layers of one input are held in
+    their own dtype.
 
     Args:
         model: The base model, without adapters. Its weights are not changed; its target layers are wrapped.
