@@ -114,6 +114,16 @@ class CovarianceSet:
             return matrix.full()
         return matrix() if callable(matrix) else matrix
 
+    def origin(self) -> dict[str, Any]:
+        """Where the matrices come from, as JSON-serialisable values: what was counted, how, and how it was merged."""
+        return {
+            "tokens": max((group.tokens for group in self.groups), default=0),
+            "selection": self.selection,
+            "normalize": self.normalize,
+            "dtype": self.dtype,
+            "merged_from": self.merged_from,
+        }
+
     def digest(self, module: str) -> str:
         """Tells the matrix of a module from others: the sha256 of its file, or else of its entries."""
         matrix = self._matrices[self.group(module).name]

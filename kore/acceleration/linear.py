@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import kore_kernels as kk
 from kore.acceleration.fused import Fused, Kind
 from kore.acceleration.hooks import hooked, replaced
+from kore.adapter.halves import HalfFrozenLinear
 
 if TYPE_CHECKING:
     from kore.acceleration.groups import Group
@@ -97,6 +98,8 @@ def adapter_refusal(layer: Any) -> str | None:
     if getattr(layer, "use_dora", {}).get(adapter) or adapter in getattr(layer, "lora_variant", {}):
         return "DoRA or another variant of LoRA"
     A, B, dropout = As[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    if isinstance(A, HalfFrozenLinear) and (A.weight.requires_grad or B.weight.requires_grad):
+        return "A is trained beside a constant half (train_a), which the fused operation does not do"
     if A.weight.requires_grad:
         return "A is trained; kore.freeze_a(model) freezes it"
     if base.weight.requires_grad:

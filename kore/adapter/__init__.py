@@ -2,7 +2,8 @@
 
 ``config`` says what to make, ``rank`` and ``targets`` resolve it against a model, ``factors`` computes a matrix A,
 ``compute`` those of all layers, on one process or several, keeping what is finished in ``parts``; ``frozen`` keeps them
-frozen, ``build`` puts the adapter on a model, ``files`` saves and loads it.
+frozen, ``halves`` trains them beside a constant half, ``build`` puts the adapter on a model, ``files`` saves and loads
+it.
 """
 
 from kore.adapter.build import get_kore_model
@@ -10,12 +11,15 @@ from kore.adapter.config import KoreConfig
 from kore.adapter.factors import thin_init
 from kore.adapter.files import load_adapter, load_kore_model, save_adapter
 from kore.adapter.frozen import FrozenLinear, freeze_a
+from kore.adapter.halves import HalfFrozenLinear, freeze_halves
 from kore.adapter.rank import match_lora_rank, resolve_rank
 
 __all__ = [
     "FrozenLinear",
+    "HalfFrozenLinear",
     "KoreConfig",
     "freeze_a",
+    "freeze_halves",
     "get_kore_model",
     "load_adapter",
     "load_kore_model",

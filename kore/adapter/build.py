@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ from torch import nn
 
 from kore.adapter.compute import compute_factors
 from kore.adapter.config import KoreConfig
+from kore.adapter.factors import read_weight
 from kore.adapter.frozen import freeze_a
+from kore.adapter.halves import freeze_halves, start_of_b
 from kore.adapter.rank import energy_share, resolve_rank
 from kore.adapter.wrap import check_outside_zero_init, check_unadapted, wrap_lora
 from kore.covariance import CovarianceSet
 from kore.errors import ConfigError
-from kore.models import check_fingerprint, model_fingerprint, resolve_targets
+from kore.models import check_fingerprint, model_fingerprint, named_linears, resolve_targets
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -37,7 +40,9 @@ def get_kore_model(
     This is the paper's W0' + BA, with W0' = W0 − B₀A, in its zero-residual form: with A frozen and no weight
     decay W0 − B₀A + BA = W0 + (B − B₀)A, so training B from zero on the untouched W0 takes the same steps. The
     adapter is a stock PEFT LoRA with ``lora_alpha = r`` (scaling 1). A stays frozen, see
-    :class:`kore.adapter.FrozenLinear`. Null spaces and A are computed in float64, where the layer's weight lies.
+    :class:`kore.adapter.FrozenLinear`. With ``config.train_a`` the LoRA has rank 2r and one half of it is constant,
+    see :class:`kore.adapter.HalfFrozenLinear`. Null spaces, A and the first B are computed in float64, where the
+    layer's weight lies.
 
     One null space is solved for each input that layers share, and one thin SVD for each layer, input after input.
     Peak memory beside the model and the factors A: one covariance as it was captured and what
@@ -77,7 +82,7 @@ def get_kore_model(
     if energy_share(config.rank) is not None and cov is not None:
         rank = None
     else:
-        rank = resolve_rank(model, names, config.rank)
+        rank = resolve_rank(model, names, config.rank, config.train_a)
     fingerprint = model_fingerprint(model)
     factors, notes = compute_factors(
         model,
@@ -91,19 +96,34 @@ def get_kore_model(
         checkpoint=checkpoint,
     )
     ranks = {name: factor.shape[0] for name, factor in factors.items()}
-    peft_model: Any = wrap_lora(model, names, ranks, None, config.modules_to_save, config.seed)
+    starts = dict(_starts_of_b(model, factors)) if config.train_a else {}
+    widths = {name: 2 * r for name, r in ranks.items()} if config.train_a else ranks
+    peft_model: Any = wrap_lora(model, names, widths, None, config.modules_to_save, config.seed)
     base = peft_model.get_base_model()
     with torch.no_grad():
-        for name, factor in factors.items():
-            base.get_submodule(name).lora_A["default"].weight.copy_(factor)
-    freeze_a(peft_model)
+        for name, A in factors.items():
+            layer = base.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(torch.cat([A, A]) if config.train_a else A)
+            if config.train_a:
+                B = starts.pop(name)
+                layer.lora_B["default"].weight.copy_(torch.cat([B, -B], dim=1))
+    freeze_halves(peft_model) if config.train_a else freeze_a(peft_model)
     peft_model.kore_info = {
         "method": "kore" if config.constraint == "null_space" else "random-a",
-        "a_frozen": True,
+        "a_frozen": not config.train_a,
+        "constant_halves": config.train_a,
         "rank": ranks if rank is None else rank,
         "config": asdict(config),
         "base_fingerprint": fingerprint,
-        "normalize": None if cov is None else cov.normalize,
+        "covariance": None if cov is None or config.constraint == "none" else cov.origin(),
         "null_spaces": notes,
     }
     return peft_model
+
+
+def _starts_of_b(model: nn.Module, factors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """B0 (d_out, r) of every layer on the CPU, in the dtype of its A. Sharded weights are gathered one by one."""
+    linears = named_linears(model)
+    for name, A in factors.items():
+        weight = read_weight(name, linears[name])
+        yield name, start_of_b(weight, A).to("cpu", A.dtype)

@@ -21,7 +21,7 @@ from kore.covariance import CovarianceSet
 from kore.distributed import Processes
 from kore.errors import KoreError, ModelError
 from kore.models import linear_shape, named_linears
-from kore.nullspace import null_space
+from kore.nullspace import geodesic, null_space
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -189,7 +189,7 @@ def _basis(
         solved = null_space(cov[group.name].to(device), rank, solver, config.seed)
     except KoreError as error:
         raise KoreError(f"{group.name}: {error}") from None
-    return solved.basis, {
+    note = {
         "method": solved.method,
         "rank": rank,
         "tokens": group.tokens,
@@ -198,6 +198,12 @@ def _basis(
         "residual": solved.residual,
         "null_dim": solved.null_dim,
     }
+    if config.strength == 1:
+        return solved.basis, note
+    start = _random_basis(first, job.dim, rank, config.seed).to(device)
+    basis = geodesic(start, solved.basis, config.strength)
+    energy = float((basis * (cov[group.name].to(basis) @ basis)).sum())
+    return basis, {**note, "strength": config.strength, "energy_at_strength": energy}
 
 
 def _random_basis(name: str, d_in: int, rank: int, seed: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from kore import __version__
 from kore.adapter.frozen import freeze_a
+from kore.adapter.halves import freeze_halves
 from kore.adapter.wrap import check_outside_zero_init, check_unadapted, check_whole
 from kore.artifacts import atomic_directory, atomic_write, file_sha256, read_json
 from kore.errors import ArtifactError, KoreError
@@ -73,7 +74,8 @@ def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: b
     Args:
         model: The untouched base model the adapter was made for; its target layers are wrapped.
         path: A directory written by :func:`save_adapter`.
-        trainable: Make B and the modules to save trainable. A stays frozen where it was.
+        trainable: Make B and the modules to save trainable, and A where it was trained. What was frozen or constant
+            stays so.
 
     Raises:
         ArtifactError: A file is missing or corrupt; the message names it.
@@ -93,6 +95,8 @@ def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: b
         peft_model.requires_grad_(False)  # PEFT 0.15 leaves the modules to save trainable
     if info["a_frozen"]:
         freeze_a(peft_model)
+    if info.get("constant_halves"):
+        freeze_halves(peft_model)
     dropped = ("schema_version", "library_version", "sha256", "extra")
     peft_model.kore_info = {key: value for key, value in info.items() if key not in dropped}
     return peft_model

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kore.errors import ModelError
+
 
 class FrozenLinear(nn.Linear):
     """A linear layer without bias whose weight never trains.
@@ -60,12 +62,21 @@ def freeze_a(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``.
+
+    Raises:
+        ModelError: The adapter trains A beside a constant half (``train_a``).
     """
     from peft.tuners.lora import LoraLayer
 
-    for module in model.modules():
+    from kore.adapter.halves import HalfFrozenLinear
+
+    for module_name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             for name, lora_a in module.lora_A.items():
+                if isinstance(lora_a, HalfFrozenLinear):
+                    raise ModelError(
+                        f"{module_name}: was made to train A (train_a); for a frozen A make another adapter"
+                    )
                 if isinstance(lora_a, nn.Linear) and not isinstance(lora_a, FrozenLinear):
                     module.lora_A[name] = FrozenLinear.from_linear(lora_a)
     return model

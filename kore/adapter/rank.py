@@ -62,8 +62,8 @@ def match_lora_rank(shapes: Iterable[tuple[int, int]], lora_rank: int) -> int:
     return lora_rank * (d_out + sum(shape[1] for shape in shapes)) // d_out
 
 
-def resolve_rank(model: nn.Module, names: Iterable[str], rank: int | str) -> int:
-    """r for the layers ``names``, from a number or ``"match-lora-R"``.
+def resolve_rank(model: nn.Module, names: Iterable[str], rank: int | str, train_a: bool = False) -> int:
+    """r for the layers ``names``, from a number or ``"match-lora-R"``, which is R itself where A is trained too.
 
     Raises:
         ConfigError: r is larger than d_in of one of the layers, which is named; or it is ``"energy:τ"``, which needs
@@ -73,7 +73,11 @@ def resolve_rank(model: nn.Module, names: Iterable[str], rank: int | str) -> int
         raise ConfigError(f"rank: {rank!r} needs a covariance, so method kore; give a number or match-lora-R")
     linears = named_linears(model)
     shapes = {name: linear_shape(linears[name]) for name in names}
-    r = match_lora_rank(shapes.values(), int(rank.removeprefix(_MATCH))) if isinstance(rank, str) else rank
+    if isinstance(rank, str):
+        budget = int(rank.removeprefix(_MATCH))
+        r = budget if train_a else match_lora_rank(shapes.values(), budget)
+    else:
+        r = rank
     narrow = min(shapes, key=lambda name: shapes[name][1])
     if r > shapes[narrow][1]:
         given = f" (from {rank!r})" if isinstance(rank, str) else ""

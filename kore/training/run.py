@@ -113,9 +113,11 @@ def train(
         identity["protection"] = protection.identity()
     known = resume and check_identity(output_dir, identity)
     result = _result(model, output_dir, examples.bad_rows)
+    from kore.adapter.halves import check_weight_decay
     if known and (output_dir / HISTORY).is_file() and result.target.is_dir():
         logger.info("%s: already trained", output_dir)
         return _reload(result)
+    check_weight_decay(model, arguments.weight_decay)
     checkpoint = newest_complete(output_dir) if known else None
     _barrier()
     if arguments.process_index == 0:
