@@ -28,11 +28,12 @@ from kore.metrics import hars
 
 RESULT = Path(__file__).parent / "results" / "protection.json"
 VALIDATION_WORLD, FIRST_TEST_WORLD = 101, 1
-MOST_CELLS = 8
+MOST_CELLS = 6
 RULE = (
     "learning rates 0.001 · 2^k and, with two-sided protection, λ = 2 · 4^j: from a starting point the neighbours of "
-    "the setting with the highest Avg on the validation world are tried, until it has all of its own measured, or "
-    f"{MOST_CELLS} settings are. Variants of kore demo keep the rate that kore.demo.tune chose there by the same rule"
+    "the setting with the highest Avg on the validation world are tried, until it has all of its own measured, or as "
+    "many settings are as most_settings says. Methods of kore demo with a demo key keep the rate that kore.demo.tune "
+    "chose on the same world by this rule"
 )
 BASELINE = "balanced"
 COLUMNS = {"K.A": "ka", "K.R": "kr", "Avg": "avg", "HARS": "hars"}
@@ -57,6 +58,7 @@ class Study:
         output: The file.
         budget: Of every cell.
         pool: Where cells run.
+        most: Settings that a search may measure.
         runner: What runs one.
     """
 
@@ -66,9 +68,11 @@ class Study:
         output: Path,
         budget: Budget,
         pool: Executor,
+        most: int = MOST_CELLS,
         runner: Callable[[Job], dict[str, Any]] = run,
     ) -> None:
         self.directory, self.output, self.budget, self.pool, self.runner = directory, output, budget, pool, runner
+        self.most = most
         self.inputs: dict[int, Any] = {}
         self.before: dict[int, dict[str, Any]] = {}
         self.found: dict[str, dict[str, Any]] = {}
@@ -107,12 +111,12 @@ class Study:
         cells = self._cells(name, "validation", [(VALIDATION_WORLD, 0, setting) for setting in settings], variant)
         return [cell["avg"] for cell in cells]
 
-    def variant(self, name: str, variant: Variant, most: int = MOST_CELLS) -> None:
+    def variant(self, name: str, variant: Variant) -> None:
         """Search, freeze, test."""
         self.found[name] = {"label": variant.label, **_described(variant), "validation": [], "test": []}
         if variant.demo is None:
             start = Setting(variant.start, 0 if variant.gradients else None)
-            chosen = search(start, lambda settings: self.measure(name, variant, settings), most)
+            chosen = search(start, lambda settings: self.measure(name, variant, settings), self.most)
         else:
             chosen = Setting(round(math.log2(1000 * tuned_learning_rates()[variant.demo])))
         self.found[name]["chosen"] = _setting(chosen)
@@ -153,6 +157,7 @@ class Study:
         before = {str(world): {key: marks[key] for key in ("ka", "kr", "avg")} for world, marks in self.before.items()}
         return {
             "rule": RULE,
+            "most_settings": self.most,
             "budget": self.budget.as_dict(),
             "validation_world": VALIDATION_WORLD,
             "test_worlds": self.tests(),
@@ -204,7 +209,7 @@ def _mean(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def _described(variant: Variant) -> dict[str, Any]:
-    return {name: value for name, value in asdict(variant).items() if name not in ("label", "start", "demo")}
+    return {name: value for name, value in asdict(variant).items() if name not in ("label", "start")}
 
 
 def _setting(setting: Setting) -> dict[str, float | None]:
@@ -244,6 +249,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="working directory")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--worlds", type=int, default=3, help="test worlds")
+    parser.add_argument("--most", type=int, default=MOST_CELLS, help="settings that a search may measure")
     parser.add_argument("--processes", type=int, default=1, help="cells at a time, each on one thread")
     parser.add_argument("--output", type=Path, help=f"default: {RESULT}; with --quick, in the working directory")
     parser.add_argument("--quick", action="store_true", help="few steps, one test world, no search: does it run?")
@@ -251,13 +257,11 @@ def main() -> None:
     output = arguments.output or (arguments.work / RESULT.name if arguments.quick else RESULT)
     pool = ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn"))
     try:
-        study = Study(arguments.work, output, replace(QUICK, steps=4) if arguments.quick else FULL, pool)
+        budget, most = (replace(QUICK, steps=4), 1) if arguments.quick else (FULL, arguments.most)
+        study = Study(arguments.work, output, budget, pool, most)
         study.prepare(1 if arguments.quick else arguments.worlds)
         with ThreadPoolExecutor(len(arguments.variants)) as threads:
-            started = [
-                threads.submit(study.variant, name, VARIANTS[name], 1 if arguments.quick else MOST_CELLS)
-                for name in arguments.variants
-            ]
+            started = [threads.submit(study.variant, name, VARIANTS[name]) for name in arguments.variants]
             for future in started:
                 future.result()
     finally:
