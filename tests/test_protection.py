@@ -105,7 +105,7 @@ def test_what_is_wrong_is_said(captured):
     cov, gradients = captured
     with pytest.raises(KoreError, match="frozen A"):
         two_sided(adapted(frozen=False), cov, gradients, 1.0)
-    with pytest.raises(KoreError, match="strength: expected a finite number ≥ 0, got -1"):
+    with pytest.raises(KoreError, match="strength: expected a finite number ≥ 0 or 'auto', got -1"):
         two_sided(adapted(), cov, gradients, -1)
     with pytest.raises(KoreError, match="in this order, got OutputGradients and CovarianceSet"):
         two_sided(adapted(), gradients, cov, 1.0)
@@ -181,7 +181,7 @@ def test_a_strong_penalty_keeps_b_small_and_another_one_is_another_run(root, tmp
     assert sizes[1] < 0.3 * sizes[0]
     with pytest.raises(ConfigError, match="other protection"):
         train(model, encoder, data, config, tmp_path / "0.0", protection=penalty)
-    with pytest.raises(ConfigError, match="protection: sharded"):
+    with pytest.raises(ConfigError, match="protection: FSDP1"):
         train(model, encoder, data, {**config, "fsdp": "full_shard"}, tmp_path / "f", protection=penalty)
 
 

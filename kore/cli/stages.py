@@ -19,6 +19,10 @@ OnBadRow = Annotated[str, typer.Option(help="What to do with a bad row: fail or 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Whose settings to take: default, paper or official; options replace them."),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
 
@@ -27,10 +31,17 @@ def capture(
     data: Data,
     output: Output,
     image_root: ImageRoot = None,
-    max_samples: Annotated[int, typer.Option(help="Samples drawn from the data.")] = 256,
+    gradients: Annotated[
+        bool,
+        typer.Option("--gradients", help="Capture the gradients at the layers' outputs, for kore train --protect."),
+    ] = False,
+    recipe: RecipeName = None,
+    max_samples: Annotated[int | None, typer.Option(help="Samples drawn from the data; by default 256.")] = None,
     targets: Annotated[str | None, typer.Option(help="Layers: names separated by commas, or one expression.")] = None,
-    normalize: Annotated[str, typer.Option(help="none, or official (x / |max x| per sample).")] = "none",
-    tokens: Annotated[str, typer.Option(help="Which tokens count: prompt, all, image, text or answer.")] = "prompt",
+    normalize: Annotated[str | None, typer.Option(help="none, or official (x / |max x| per sample).")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Which tokens count: prompt (by default), all, image, text or answer.")
+    ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="Memory for the covariances on each device, for example 12GiB.")
     ] = None,
@@ -42,30 +53,30 @@ def capture(
     seed: Seed = 0,
     set: Set = None,
 ) -> None:
-    """Capture the covariance of every layer's input on old data.
+    """Capture the covariance of every layer's input on old data, or of the gradients at its output.
 
     Example: `kore capture -m models/llava -d old.json --image-root images -o runs/a/covariance`
+
+    For two-sided protection, the same with `--gradients -o runs/a/gradients`.
     """
-    from kore.pipeline.config import CaptureSection, OldSection
-    from kore.pipeline.stages import CaptureStage
+    from kore.pipeline.config import CaptureSection, OldSection, ProtectionSection
+    from kore.pipeline.stages import CaptureStage, GradientStage
 
     old = {"files": data, "image_root": image_root, "format": format, "on_bad_row": on_bad_row}
+    own = {"memory_budget": memory_budget, "batch_size": batch_size}
     options = _options(
-        {"old": OldSection, "capture": CaptureSection},
+        {"old": OldSection, "capture": CaptureSection, "protection": ProtectionSection},
         {
             **_model(model, dtype, device),
-            "old": {**old, "max_samples": max_samples},
-            "capture": {
-                "targets": _names(targets),
-                "normalize": normalize,
-                "tokens": tokens,
-                "memory_budget": memory_budget,
-                "batch_size": batch_size,
-            },
+            "old": {**old, **_given(max_samples=max_samples)},
+            "capture": {"targets": _names(targets), **own, **_given(normalize=normalize, tokens=tokens)},
+            "protection": own,
         },
         set,
+        recipe,
     )
-    _run(CaptureStage(output.absolute(), options.model, options.old, options.capture, seed), options.model)
+    common = (output.absolute(), options.model, options.old, options.capture, seed)
+    _run(GradientStage(*common, protection=options.protection) if gradients else CaptureStage(*common), options.model)
 
 
 def init(
@@ -73,7 +84,10 @@ def init(
     output: Output,
     covariance: Annotated[Path | None, typer.Option("--covariance", "-c", help="Result of kore capture.")] = None,
     method: Annotated[str, typer.Option(help="kore, lora or random-a.")] = "kore",
-    rank: Annotated[str, typer.Option(help="A number, match-lora-R (the size of LoRA rank R), or energy:τ.")] = "64",
+    recipe: RecipeName = None,
+    rank: Annotated[
+        str | None, typer.Option(help="A number (by default 64), match-lora-R (the size of LoRA rank R), or energy:τ.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
@@ -91,14 +105,16 @@ def init(
 
     options = _options(
         {"adapter": AdapterSection},
-        {**_model(model, dtype, device), "adapter": {"method": method, "rank": rank}},
+        {**_model(model, dtype, device), "adapter": {"method": method, **_given(rank=rank)}},
         set,
+        recipe,
     )
     if options.adapter.method == "full":
         raise ConfigError("adapter.method: full has no adapter to make; use kore train --full")
     if options.adapter.method == "kore" and covariance is None:
         raise ConfigError("--covariance: method kore needs the result of kore capture")
-    stage = InitStage(output.absolute(), options.model, options.adapter, _absolute(covariance), seed)
+    described = _described(recipe, options.adapter, covariance)
+    stage = InitStage(output.absolute(), options.model, options.adapter, _absolute(covariance), seed, recipe=described)
     _run(stage, options.model)
 
 
@@ -108,6 +124,14 @@ def train(
     output: Output,
     adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Result of kore init.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train the whole language model, without an adapter.")] = False,
+    protect: Annotated[
+        Path | None, typer.Option(help="Covariance of old data to protect; with --protect-gradients.")
+    ] = None,
+    protect_gradients: Annotated[
+        Path | None, typer.Option(help="Result of kore capture --gradients on the same data.")
+    ] = None,
+    protection_strength: Annotated[str | None, typer.Option(help="λ of the penalty, or auto (by default).")] = None,
+    recipe: RecipeName = None,
     image_root: ImageRoot = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the adapter.")] = None,
@@ -124,24 +148,48 @@ def train(
     Example: `kore train -m models/llava -a runs/a/adapter-init -d new.json -o runs/a/train --set train.epochs=6`
 
     Several GPUs: `torchrun --nproc-per-node 4 -m kore train ...`
+
+    Two-sided protection: `kore train ... --protect runs/a/covariance --protect-gradients runs/a/gradients`
     """
-    from kore.pipeline.config import DataSection, TrainSection
+    from kore.pipeline.config import DataSection, ProtectionSection, TrainSection
     from kore.pipeline.stages import TrainStage
     from kore.processes import process_count
 
     if full == (adapter is not None):
         raise ConfigError("expected either --adapter (the result of kore init) or --full")
+    if (protect is None) != (protect_gradients is None):
+        raise ConfigError("--protect and --protect-gradients: expected both, the results of kore capture on old data")
+    if protection_strength is not None and protect is None:
+        raise ConfigError("--protection-strength: expected --protect and --protect-gradients with it")
+    if protect is not None and full:
+        raise ConfigError("--protect: it needs an adapter with a frozen A; leave --full out")
+    strength = {} if protect is None else {"strength": _number(protection_strength or "auto")}
     named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     options = _options(
-        {"new": DataSection, "train": TrainSection},
+        {"new": DataSection, "train": TrainSection, "protection": ProtectionSection},
         {
             **_model(model, dtype, device),
             "new": {"files": data, "image_root": image_root, "format": format, "on_bad_row": on_bad_row},
-            "train": {"seed": seed, **{name: value for name, value in named.items() if value is not None}},
+            "train": {"seed": seed, **_given(**named)},
+            "protection": strength,
         },
         set,
+        recipe,
     )
-    stage = TrainStage(output.absolute(), options.model, options.new, options.train, _absolute(adapter), seed)
+    if protect is None and options.protection.strength is not None:
+        raise ConfigError("protection.strength: expected --protect and --protect-gradients with it")
+    stage = TrainStage(
+        output.absolute(),
+        options.model,
+        options.new,
+        options.train,
+        _absolute(adapter),
+        seed,
+        protection=options.protection,
+        covariance=_absolute(protect),
+        gradients=_absolute(protect_gradients),
+        recipe=recipe,
+    )
     if process_count() > 1:
         from kore.pipeline.workbench import Workbench
 
@@ -204,12 +252,17 @@ def _run(stage: Any, model: Any) -> None:
     console.say(f"result: {stage.output}")
 
 
-def _options(sections: dict[str, Any], values: dict[str, Any], overrides: list[str] | None) -> Any:
+def _options(
+    sections: dict[str, Any], values: dict[str, Any], overrides: list[str] | None, recipe: str | None = None
+) -> Any:
     from pydantic import ConfigDict, create_model
 
     from kore.pipeline.config import ModelSection
     from kore.pipeline.loading import parse_options
+    from kore.recipes import with_recipe
 
+    filled = with_recipe(recipe or "default", values)
+    values = {name: value for name, value in filled.items() if name in values}
     fields: dict[str, Any] = {name: (section, ...) for name, section in {"model": ModelSection, **sections}.items()}
     root = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
     return parse_options(root, values, overrides or [])
@@ -217,6 +270,30 @@ def _options(sections: dict[str, Any], values: dict[str, Any], overrides: list[s
 
 def _model(path: str, dtype: str, device: str) -> dict[str, Any]:
     return {"model": {"path": path, "dtype": dtype, "device": device}}
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _number(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def _described(recipe: str | None, adapter: Any, covariance: Path | None) -> dict[str, Any]:
+    """The recipe of an untrained adapter, and how it and the covariance differ from it."""
+    from kore.artifacts import MANIFEST
+    from kore.covariance import load_covariance
+    from kore.recipes import capture_sections, describe
+
+    sections = {"adapter": adapter.model_dump(mode="json")}
+    name = recipe or "default"
+    if covariance is not None and (covariance / MANIFEST).is_file():
+        sections |= capture_sections(name, load_covariance(covariance))
+    return describe(name, sections)
 
 
 def _absolute(path: Path | None) -> Path | None:

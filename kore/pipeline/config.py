@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from kore.recipes import RECIPES, with_recipe
 from kore.sizes import parse_bytes
 from kore.training import TrainConfig
 
@@ -140,6 +141,37 @@ def _is_rank(text: str) -> bool:
     return is_rank(text)
 
 
+class ProtectionSection(Section):
+    """Two-sided protection: what leaks through A costs what it does to the old model's answers."""
+
+    strength: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
+    """λ of :func:`kore.two_sided`; null: none. At 0.5 a nat lost for each old token costs as much as a nat for each
+    new answer token. "auto": λ = L0 / (2 · max_divergence), L0 being the untouched model's loss on the new answers."""
+    max_divergence: float = Field(default=0.01, gt=0)
+    """For strength auto: nats for each old token that the trained adapter may cost, by the penalty's own estimate."""
+    tokens: Literal["text", "all", "answer"] = "text"
+    """At which predictions on old data the loss is taken: of "text" tokens, of "all", or of "answer" tokens."""
+    components: int | None = Field(default=None, ge=1)
+    """Keep so many components of each layer's G and the diagonal of the rest; null: all of G, d_out² numbers."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the components are kept in training; bfloat16 only with ``components``."""
+    batch_size: int = Field(default=4, ge=1)
+    """Samples for each forward and backward pass when G is captured."""
+    memory_budget: int | str | None = None
+    """As in ``capture``, for the matrices of the output gradients."""
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _bytes(cls, value: int | str | None) -> int | str | None:
+        return CaptureSection._bytes(value)
+
+    @model_validator(mode="after")
+    def _factors(self) -> ProtectionSection:
+        if self.dtype == "bfloat16" and self.components is None:
+            raise ValueError("dtype: bfloat16 needs components; a whole G rounded to bfloat16 has negative eigenvalues")
+        return self
+
+
 class TrainSection(TrainConfig):
     """The training configuration, and how many processes share the work."""
 
@@ -200,12 +232,15 @@ class RunConfig(Section):
 
     output_dir: Path
     seed: int = 0
+    recipe: Literal["default", "paper", "official"] = "default"
+    """Whose values the keys have that are not given, see :mod:`kore.recipes`."""
     model: ModelSection
     old: OldSection | None = None
     capture: CaptureSection = CaptureSection()
     adapter: AdapterSection = AdapterSection()
     new: DataSection
     train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
+    protection: ProtectionSection = ProtectionSection()
     eval: EvalSection = EvalSection()
 
     @model_validator(mode="before")
@@ -217,6 +252,22 @@ class RunConfig(Section):
             if isinstance(train, dict) and "seed" not in train:
                 values = {**values, "train": {**train, "seed": values["seed"]}}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_values(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("recipe", "default") in RECIPES:
+            return with_recipe(values.get("recipe", "default"), values)
+        return values
+
+    @model_validator(mode="after")
+    def _old_data_for_protection(self) -> RunConfig:
+        if self.protection.strength is not None:
+            if self.old is None:
+                raise ValueError("protection: it needs old data; add old.files, or leave protection.strength out")
+            if self.adapter.method in ("lora", "full", "lora-null-v1") or getattr(self.adapter, "train_a", False):
+                raise ValueError("protection: it needs a frozen A, so method kore, random-a or lora-null-v2")
+        return self
 
     @model_validator(mode="after")
     def _old_data_for_kore(self) -> RunConfig:

@@ -6,49 +6,64 @@ import ctypes
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
 
 from kore.errors import KoreError
-from kore.pipeline.config import DataSection, ModelSection, TrainSection
+from kore.recipes import recipe
+
+if TYPE_CHECKING:
+    from kore.pipeline.stages import TrainStage
 
 _PR_SET_PDEATHSIG = 1
 
 
-def train_in_processes(
-    model: ModelSection, new: DataSection, settings: TrainSection, init: Path | None, output: Path, seed: int
-) -> None:
-    """Run ``kore train`` under torchrun with ``settings.processes`` processes; they end when this process does.
+def train_in_processes(stage: TrainStage) -> None:
+    """Run ``kore train`` under torchrun with the stage's ``settings.processes``; they end when this process does.
 
     Raises:
         KoreError: A process failed; it has said why.
     """
+    processes = stage.settings.processes
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node", str(settings.processes), "-m", "kore"]
-    command = train_command(model, new, settings, init, output, seed)
-    finished = subprocess.run([*launcher, *command], preexec_fn=_end_with_parent)
+    launcher += ["--nproc-per-node", str(processes), "-m", "kore"]
+    finished = subprocess.run([*launcher, *train_command(stage)], preexec_fn=_end_with_parent)
     if finished.returncode != 0:
         raise KoreError(
-            f"train: one of the {settings.processes} training processes failed (status {finished.returncode}); "
+            f"train: one of the {processes} training processes failed (status {finished.returncode}); "
             "its message is above"
         )
 
 
-def train_command(
-    model: ModelSection, new: DataSection, settings: TrainSection, init: Path | None, output: Path, seed: int
-) -> list[str]:
-    """The ``kore train`` command line that does the work of these sections."""
+def train_command(stage: TrainStage) -> list[str]:
+    """The ``kore train`` command line that does the work of a stage."""
+    model, new = stage.model, stage.new
     command = ["train", "--model", model.path, "--dtype", model.dtype, "--device", model.device]
-    command += ["--output", str(output), "--seed", str(seed), "--format", new.format]
+    command += ["--output", str(stage.output), "--seed", str(stage.seed), "--format", new.format]
     command += ["--on-bad-row", new.on_bad_row]
-    command += ["--full"] if init is None else ["--adapter", str(init)]
+    command += ["--full"] if stage.init is None else ["--adapter", str(stage.init)]
     for file in new.files:
         command += ["--data", str(file)]
     if new.image_root is not None:
         command += ["--image-root", str(new.image_root)]
     if new.max_samples is not None:
         command += ["--set", f"new.max_samples={new.max_samples}"]
-    for name, value in settings.settings().model_dump(mode="json", exclude_defaults=True).items():
-        command += ["--set", f"train.{name}={_yaml(value)}"]
+    if stage.recipe is not None:
+        command += ["--recipe", stage.recipe]
+    sections: dict[str, BaseModel] = {"train": stage.settings.settings()}
+    if stage.protection.strength is not None:
+        command += ["--protect", str(stage.covariance), "--protect-gradients", str(stage.gradients)]
+        sections["protection"] = stage.protection
+    for section, settings in sections.items():
+        expected = (
+            type(settings)
+            .model_validate(dict(recipe(stage.recipe or "default").section(section)))
+            .model_dump(mode="json")
+        )
+        for key, value in settings.model_dump(mode="json").items():
+            if value != expected[key]:
+                command += ["--set", f"{section}.{key}={_yaml(value)}"]
     return command
 
 

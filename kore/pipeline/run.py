@@ -4,33 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kore.artifacts import atomic_write
 from kore.pipeline.config import OldSection, RunConfig
 from kore.pipeline.loading import dump_config
 from kore.pipeline.report import ReportStage
 from kore.pipeline.stage import Say, Stage, only_one, run_stages
-from kore.pipeline.stages import CaptureStage, EvalStage, InitStage, TrainStage
+from kore.pipeline.stages import CaptureStage, EvalStage, GradientStage, InitStage, TrainStage
 from kore.pipeline.workbench import Workbench
+from kore.recipes import describe
+
+_READ_OLD_INPUTS = ("kore", "lora-null-v1", "lora-null-v2")
 
 
 def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
     """The stages a configuration asks for.
 
     The untouched model is evaluated before the adapter is made, so that capture, evaluation and initialisation
-    share one loaded model. Capture is left out where the method has no use for it.
+    share one loaded model. Capture is left out where neither the method nor a protection has a use for it.
     """
     out, model, seed = config.output_dir, config.model, config.seed
-    method = config.adapter.method
+    method, protect = config.adapter.method, config.protection.strength is not None
     stages: list[Stage[Workbench]] = []
-    covariance = init = None
-    if method == "kore" and config.old is not None:
+    covariance = gradients = init = None
+    if config.old is not None and (protect or method in _READ_OLD_INPUTS):
         covariance = out / "covariance"
         stages.append(CaptureStage(covariance, model, config.old, config.capture, seed))
         if config.capture.new_samples:
             sample = OldSection(**{**config.new.model_dump(), "max_samples": config.capture.new_samples}, balance=False)
             new_inputs = out / "covariance-new"
             stages.append(CaptureStage(new_inputs, model, sample, config.capture, seed, name="capture-new"))
+    if config.old is not None and protect:
+        gradients = out / "gradients"
+        stages.append(GradientStage(gradients, model, config.old, config.capture, seed, protection=config.protection))
     asks = bool(config.eval.new or config.eval.old)
     if asks:
         stages.append(EvalStage(out / "eval" / "before", model, config.eval, name="eval-before"))
@@ -38,14 +45,42 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
         init = out / "adapter-init"
         targets = config.adapter.targets if config.adapter.targets is not None else config.capture.targets
         adapter = config.adapter.model_copy(update={"targets": targets})
-        stages.append(InitStage(init, model, adapter, covariance, seed))
-    train = TrainStage(out / "train", model, config.new, config.train, init, seed)
+        stages.append(InitStage(init, model, adapter, covariance, seed, recipe=_recipe(config)))
+    train = TrainStage(
+        out / "train",
+        model,
+        config.new,
+        config.train,
+        init,
+        seed,
+        protection=config.protection,
+        covariance=covariance,
+        gradients=gradients,
+        recipe=config.recipe,
+    )
     stages.append(train)
     if asks:
         trained = {"full_model": train.result} if init is None else {"adapter": train.result}
         stages.append(EvalStage(out / "eval" / "after", model, config.eval, **trained, name="eval-after"))
     stages.append(ReportStage(config))
     return stages
+
+
+def _recipe(config: RunConfig, *more: str) -> dict[str, Any]:
+    """What ``kore.json`` of the untrained adapter says of the recipe; with ``more`` sections, of theirs too."""
+    sections = {
+        name: values.model_dump(mode="json")
+        for name in ("old", "capture", "adapter", *more)
+        if (values := getattr(config, name)) is not None
+    }
+    return describe(config.recipe, sections)
+
+
+def recipe_line(config: RunConfig) -> str:
+    """The recipe and every setting that differs from it, in one line."""
+    described = _recipe(config, "train", "protection")
+    changed = ", ".join(f"{key}: {value}" for key, value in described["changed"].items())
+    return f"{described['name']}, with {changed}" if changed else f"{described['name']}, unchanged"
 
 
 def stage_names(config: RunConfig) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kore.artifacts import MANIFEST, atomic_write, file_sha256, read_json
+from kore.errors import ConfigError
 from kore.metrics import knowledge_retention
 from kore.pipeline.config import (
     AdapterSection,
@@ -17,17 +18,20 @@ from kore.pipeline.config import (
     EvalSection,
     ModelSection,
     OldSection,
+    ProtectionSection,
     QuestionSet,
     TrainSection,
 )
 from kore.pipeline.launch import train_in_processes
 from kore.pipeline.stage import directory_identity, model_identity
+from kore.pipeline.together import own_share, save_once
 from kore.pipeline.workbench import Workbench
 from kore.processes import process_count
 
 if TYPE_CHECKING:
     from kore.covariance import CovarianceSet
     from kore.data import Conversation
+    from kore.protection import TwoSided
 
 
 @dataclass(frozen=True)
@@ -60,41 +64,52 @@ class CaptureStage:
         return context.conversations(self.old, self.seed, require_answer=self.settings.tokens != "prompt")
 
     def run(self, context: Workbench) -> str:
-        from kore.covariance import load_covariance, merge_covariance
-
         conversations = self._conversations(context)
         if self.old.balanced:
             parts = {}
             for number, (group, members) in enumerate(_by_group(self.old, conversations).items()):
                 folder = self.output / "groups" / f"{number:03d}"
                 if not (folder / MANIFEST).is_file():
-                    self._capture(context, members, folder / "checkpoint").save(folder)
-                parts[group] = load_covariance(folder)
-            covariance = merge_covariance(parts, weights="balanced")
+                    save_once(self._capture(context, own_share(members), folder / "checkpoint"), folder)
+                parts[group] = self._load(folder)
+            covariance = self._balanced(parts)
             note = f", {len(parts)} groups of data balanced"
         else:
-            covariance, note = self._capture(context, conversations, self.output / "checkpoint"), ""
-        covariance.save(self.output)
+            covariance, note = self._capture(context, own_share(conversations), self.output / "checkpoint"), ""
+        save_once(covariance, self.output)
         counted = max(group.tokens for group in covariance.groups)
         modules, groups = len(covariance.modules), len(covariance.groups)
         return f"{len(conversations)} samples, {counted:,} tokens, {modules} layers in {groups} groups{note}"
+
+    def _load(self, folder: Path) -> CovarianceSet:
+        from kore.covariance import load_covariance
+
+        return load_covariance(folder)
+
+    def _balanced(self, parts: dict[str, CovarianceSet]) -> CovarianceSet:
+        from kore.covariance import merge_covariance
+
+        return merge_covariance(parts, weights="balanced")
+
+    def _batches(self, context: Workbench, conversations: Sequence[Conversation], batch_size: int) -> Any:
+        from kore.data import conversation_batches, prompt_batches
+
+        make_batches = prompt_batches if self.settings.tokens == "prompt" else conversation_batches
+        return make_batches(conversations, context.encoder, batch_size)
 
     def _capture(self, context: Workbench, conversations: Sequence[Conversation], checkpoint: Path) -> CovarianceSet:
         import torch
 
         from kore.capture import capture_covariance
-        from kore.data import conversation_batches, prompt_batches
 
-        prompts, tokens = self.settings.tokens == "prompt", self.settings.tokens
-        make_batches = prompt_batches if prompts else conversation_batches
-        batches = make_batches(conversations, context.encoder, self.settings.batch_size)
+        tokens = self.settings.tokens
         covariance = capture_covariance(
             context.base(),
-            batches,
+            self._batches(context, conversations, self.settings.batch_size),
             targets=self.settings.targets,
             normalize=self.settings.normalize,
             progress=context.progress,
-            tokens="all" if prompts else tokens,
+            tokens="all" if tokens == "prompt" else tokens,
             memory_budget=self.settings.memory_budget,
             checkpoint=checkpoint,
             checkpoint_every=self.settings.checkpoint_every,
@@ -102,6 +117,68 @@ class CaptureStage:
         )
         covariance.selection = tokens
         return covariance
+
+
+@dataclass(frozen=True)
+class GradientStage(CaptureStage):
+    """Covariances of the gradients that the ``old`` data gives at the outputs, saved at ``output``.
+
+    The same data, layers and balance as the covariance of the inputs; labels are drawn from the model. Groups are
+    balanced row for row: G / N = (1/n) Σ_k G_k / N_k, so that the penalty estimates the divergence per old token
+    averaged over the groups. (Equal traces, as for C, would protect most what the model's answers feel least.)
+    """
+
+    protection: ProtectionSection = field(default_factory=ProtectionSection)
+    name: str = "capture-gradients"
+
+    def inputs(self) -> dict[str, Any]:
+        captured = ("targets", "tokens", "dtype")
+        settings = {f"capture.{name}": value for name, value in self.settings.model_dump().items() if name in captured}
+        own = self.protection.model_dump(include={"tokens", "batch_size"})
+        return {
+            **_model_inputs(self.model),
+            **_data_inputs("old", self.old),
+            **settings,
+            **_flat("protection", own),
+            "seed": self.seed,
+        }
+
+    def check(self, context: Workbench) -> None:
+        if self.protection.tokens == "answer" and self.settings.tokens == "prompt":
+            raise ConfigError(
+                "protection.tokens: answer needs answers, and capture.tokens: prompt leaves them out; "
+                "set capture.tokens to all, or protection.tokens to text"
+            )
+        super().check(context)
+
+    def _load(self, folder: Path) -> CovarianceSet:
+        from kore.covariance import load_output_gradients
+
+        return load_output_gradients(folder)
+
+    def _balanced(self, parts: dict[str, CovarianceSet]) -> CovarianceSet:
+        from kore.covariance import merge_covariance
+
+        counts = [max(1, max(group.tokens for group in part.groups)) for part in parts.values()]
+        return merge_covariance(parts, weights=[sum(counts) / (len(counts) * count) for count in counts])
+
+    def _capture(self, context: Workbench, conversations: Sequence[Conversation], checkpoint: Path) -> CovarianceSet:
+        import torch
+
+        from kore.capture import capture_output_gradients
+
+        return capture_output_gradients(
+            context.base(),
+            self._batches(context, conversations, self.protection.batch_size),
+            targets=self.settings.targets,
+            progress=context.progress,
+            tokens=self.protection.tokens,
+            seed=self.seed,
+            memory_budget=self.protection.memory_budget,
+            checkpoint=checkpoint,
+            checkpoint_every=self.settings.checkpoint_every,
+            dtype=getattr(torch, self.settings.dtype),
+        )
 
 
 def _by_group(old: OldSection, conversations: Sequence[Conversation]) -> dict[str, list[Conversation]]:
@@ -123,6 +200,8 @@ class InitStage:
     covariance: Path | None = None
     seed: int = 0
     name: str = "init"
+    recipe: Mapping[str, Any] | None = None
+    """What :func:`kore.recipes.describe` says of the capture and the adapter; goes into ``kore.json``."""
 
     def inputs(self) -> dict[str, Any]:
         source = self._source()
@@ -154,7 +233,7 @@ class InitStage:
         options = self.settings.model_dump(exclude={"method"})
         base = context.base()
         context.drop()
-        model = prepare_model(
+        model: Any = prepare_model(
             base,
             self.settings.method,
             cov=covariance,
@@ -163,6 +242,8 @@ class InitStage:
             checkpoint=self.output / "checkpoint",
             **options,
         )
+        if self.recipe is not None:
+            model.kore_info["recipe"] = dict(self.recipe)
         save_adapter(model, self.output)
         context.put_adapted(model, self.output, trainable=True)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -174,7 +255,11 @@ class InitStage:
 
 @dataclass(frozen=True)
 class TrainStage:
-    """Training on the new data; ``init`` is the adapter to start from, None trains the model in full."""
+    """Training on the new data; ``init`` is the adapter to start from, None trains the model in full.
+
+    With a protection, ``covariance`` and ``gradients`` are those of the old data. ``recipe`` is the name that an
+    adapter without one gets.
+    """
 
     output: Path
     model: ModelSection
@@ -183,6 +268,10 @@ class TrainStage:
     init: Path | None = None
     seed: int = 0
     name: str = "train"
+    protection: ProtectionSection = field(default_factory=ProtectionSection)
+    covariance: Path | None = None
+    gradients: Path | None = None
+    recipe: str | None = None
 
     @property
     def result(self) -> Path:
@@ -192,7 +281,15 @@ class TrainStage:
     def inputs(self) -> dict[str, Any]:
         init = {"adapter-init": directory_identity(self.init)} if self.init is not None else {}
         settings = {**self.settings.settings().identity(), "processes": self.settings.processes}
-        return {**_model_inputs(self.model), **_data_inputs("new", self.new), **_flat("train", settings), **init}
+        own = {**_model_inputs(self.model), **_data_inputs("new", self.new), **_flat("train", settings), **init}
+        if self.protection.strength is None:
+            return own
+        assert self.covariance is not None and self.gradients is not None
+        used = self.protection.model_dump(include={"strength", "max_divergence", "components", "dtype"})
+        if self.protection.strength != "auto":
+            del used["max_divergence"]
+        old = {"covariance": self.covariance, "gradients": self.gradients}
+        return {**own, **_flat("protection", used), **{name: directory_identity(path) for name, path in old.items()}}
 
     def complete(self) -> bool:
         return self.result.is_dir()
@@ -203,13 +300,17 @@ class TrainStage:
     def run(self, context: Workbench) -> str:
         if self.settings.processes > 1 and process_count() == 1:
             context.drop()
-            train_in_processes(self.model, self.new, self.settings, self.init, self.output, self.seed)
+            train_in_processes(self)
         else:
             self._train_here(context)
         history = read_json(self.output / "history.json")
         losses = [entry["loss"] for entry in history if "loss" in entry]
         steps = max((entry.get("step", 0) for entry in history), default=0)
-        return f"{steps} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else f"{steps} steps"
+        words = [f"{steps} steps"] + ([f"loss {losses[0]:.3f} → {losses[-1]:.3f}"] if losses else [])
+        paid = [entry["old_divergence"] for entry in history if "old_divergence" in entry]
+        if paid:
+            words.append(f"{paid[-1]:.2g} nats for each old token")
+        return ", ".join(words)
 
     def _train_here(self, context: Workbench) -> None:
         from kore.baselines import prepare_model
@@ -223,11 +324,36 @@ class TrainStage:
         context.drop()
         settings = self.settings.settings()
         settings.progress = settings.progress and context.progress
-        result = train(model, context.encoder, conversations, settings, self.output)
+        result = train(
+            model,
+            context.encoder,
+            conversations,
+            settings,
+            self.output,
+            protection=self._penalty(model),
+            recipe=self.recipe,
+        )
         if self.init is None:
             context.put_base(result.model, self.result)
         else:
             context.put_adapted(result.model, self.result, trainable=False)
+
+    def _penalty(self, model: Any) -> TwoSided | None:
+        if self.protection.strength is None:
+            return None
+        from kore.covariance import load_covariance, load_output_gradients
+        from kore.protection import two_sided
+
+        assert self.covariance is not None and self.gradients is not None
+        return two_sided(
+            model,
+            load_covariance(self.covariance),
+            load_output_gradients(self.gradients),
+            self.protection.strength,
+            max_divergence=self.protection.max_divergence,
+            components=self.protection.components,
+            dtype=self.protection.dtype,
+        )
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from kore.artifacts import atomic_directory, atomic_write, read_json
 from kore.data.encoder import Encoder
 from kore.data.types import BadRow, Conversation
 from kore.errors import ConfigError, DataError, KoreError, ModelError
+from kore.recipes import mark
 from kore.training.checkpoints import keep_newest, newest_complete, remove_incomplete
 from kore.training.config import TrainConfig
 from kore.training.dataset import TrainingSet
 from kore.training.identity import check_identity, run_identity, write_identity
+from kore.training.protected import STRENGTH, check_sharding, settle
 from kore.training.weights import has_adapter, load_trained
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def train(
     *,
     resume: bool = True,
     protection: TwoSided | None = None,
+    recipe: str | None = None,
 ) -> TrainResult:
     """Train what requires a gradient in ``model``, with loss on the answers of ``conversations``.
 
@@ -85,7 +88,12 @@ def train(
         resume: Continue from the newest complete checkpoint in ``output_dir``, or return the finished run there;
             the result is that of an uninterrupted run. False starts over.
         protection: A penalty from :func:`kore.two_sided`, added to the loss of every step. The history's ``loss`` is
-            the sum, its ``penalty`` the penalty alone, at the last step of the entry. Not with DeepSpeed or FSDP.
+            the sum, its ``penalty`` the penalty alone and its ``old_divergence`` the penalty's estimate of
+            KL(old ‖ new) in nats for each old row, at the last step of the entry. With the strength ``"auto"`` λ is set
+            from the untouched model's loss on up to 256 of the ``conversations``, evenly spaced, and kept in
+            ``protection.json``. Not with FSDP1 or DeepSpeed ZeRO-3.
+        recipe: The recipe that the settings come from, for ``kore.json`` of an adapter that has none yet; see
+            :mod:`kore.recipes`. An adapter that has one keeps it. Where training differs from it is listed there.
 
     Raises:
         ModelError: Nothing in the model is trainable.
@@ -96,8 +104,8 @@ def train(
     config = TrainConfig.of(config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("nothing in the model is trainable; wrap it with get_kore_model or baselines.prepare_model")
-    if protection is not None and (config.deepspeed or config.fsdp):
-        raise ConfigError("protection: sharded weights (deepspeed, fsdp) are not supported; train data-parallel")
+    if protection is not None:
+        check_sharding(config)
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"{output_dir}: expected a directory for the training run, found a file")
@@ -105,24 +113,27 @@ def train(
     encoder.max_length = config.max_length
     examples = TrainingSet(conversations, encoder, config.on_bad_row)
 
+    from kore.adapter.halves import check_weight_decay
     from kore.training.arguments import training_arguments
 
     arguments = training_arguments(config, output_dir, model)
+    check_weight_decay(model, arguments.weight_decay)
     identity = run_identity(model, encoder, examples.conversations, config, arguments.world_size)
     if protection is not None:
         identity["protection"] = protection.identity()
     known = resume and check_identity(output_dir, identity)
     result = _result(model, output_dir, examples.bad_rows)
-    from kore.adapter.halves import check_weight_decay
     if known and (output_dir / HISTORY).is_file() and result.target.is_dir():
         logger.info("%s: already trained", output_dir)
         return _reload(result)
-    check_weight_decay(model, arguments.weight_decay)
     checkpoint = newest_complete(output_dir) if known else None
     _barrier()
     if arguments.process_index == 0:
         _prepare(output_dir, identity, keep=known)
     _barrier()
+    if protection is not None:
+        settle(protection, model, encoder, examples, config.batch_size, output_dir)
+    mark(model, recipe, train=config, protection=protection)
     result.history = _fit(model, encoder, examples, config, arguments, result, checkpoint, protection)
     return result
 
@@ -147,6 +158,7 @@ def _prepare(output_dir: Path, identity: dict[str, Any], keep: bool) -> None:
         return
     (output_dir / HISTORY).unlink(missing_ok=True)
     keep_newest(output_dir, 0)
+    (output_dir / STRENGTH).unlink(missing_ok=True)
     for name in ("adapter", "model"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     write_identity(output_dir, identity)

@@ -36,6 +36,29 @@ def answer_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor
     return total / (labelled.sum() if count is None else count)
 
 
+def batch_loss(
+    model: Any, inputs: dict[str, Any], count: torch.Tensor | int | None, selects_logits: bool
+) -> tuple[torch.Tensor, Any]:
+    """:func:`answer_loss` of one batch with ``labels``, and the model's outputs.
+
+    With ``selects_logits`` the output head, the largest activation of all, runs only where some row of the batch has an
+    answer; the model must know ``logits_to_keep``.
+    """
+    inputs = dict(inputs)
+    targets = inputs.pop("labels")[:, 1:]
+    if selects_logits:
+        places = (targets != _IGNORE).any(dim=0).nonzero().squeeze(1)
+        outputs = model(**inputs, use_cache=False, logits_to_keep=places)
+        return answer_loss(outputs.logits, targets[:, places], count), outputs
+    outputs = model(**inputs, use_cache=False)
+    return answer_loss(outputs.logits[:, :-1], targets, count), outputs
+
+
+def selects_logits(model: Any) -> bool:
+    """Whether the model can compute some positions' logits only."""
+    return "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
+
+
 class LossBar(ProgressCallback):
     """A progress bar that shows the loss at its end instead of printing every log entry."""
 
@@ -73,7 +96,7 @@ class KoreTrainer(Trainer):
         self._penalty: torch.Tensor | None = None
         self._model: torch.nn.Module = model
         base = base_model(model)
-        self._selects_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._selects_logits = selects_logits(model)
         self._projector = projector_name(base)
         self._projector_ratio: float | None = None
         self._projector_parameters = [p for name, p in model.named_parameters() if self._in_projector(name, p)]
@@ -118,16 +141,7 @@ class KoreTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross entropy over the answer tokens of the whole optimizer step, whatever way it is split."""
-        inputs = dict(inputs)
-        targets = inputs.pop("labels")[:, 1:]
-        if self._selects_logits:
-            # The output head, the largest activation of all, runs only where some row of the batch has an answer.
-            places = (targets != _IGNORE).any(dim=0).nonzero().squeeze(1)
-            outputs = model(**inputs, use_cache=False, logits_to_keep=places)
-            loss = answer_loss(outputs.logits, targets[:, places], num_items_in_batch)
-        else:
-            outputs = model(**inputs, use_cache=False)
-            loss = answer_loss(outputs.logits[:, :-1], targets, num_items_in_batch)
+        loss, outputs = batch_loss(model, inputs, num_items_in_batch, self._selects_logits)
         if "pixel_values" not in inputs and not self.is_fsdp_enabled:
             # A batch without images gives the projector a zero gradient, as DDP needs one for every parameter.
             loss = torch.stack([loss, *(parameter.sum() * 0 for parameter in self._projector_parameters)]).sum()
@@ -151,8 +165,9 @@ class KoreTrainer(Trainer):
                 f"the training loss is {loss} at step {self.state.global_step}; lower train.learning_rate "
                 "(or train.projector_learning_rate), or look for broken examples"
             )
-        if self._penalty is not None and loss is not None:
+        if self._protection is not None and self._penalty is not None and loss is not None:
             logs["penalty"] = float(self._penalty)
+            logs["old_divergence"] = float(self._protection.divergence)  # type: ignore[arg-type]
         if "learning_rate" in logs and self._projector_ratio is not None:
             logs["projector_learning_rate"] = logs["learning_rate"] * self._projector_ratio
         super().log(logs, *args, **kwargs)
