@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protection_cells import VARIANTS, Job, Setting, Variant, capture, run
+from benchmarks.protection_cells import FIRST_STRENGTH, VARIANTS, Job, Setting, Variant, capture, run
 from kore.artifacts import atomic_write
 from kore.demo.methods import FULL, QUICK, Budget, tuned_learning_rates
 from kore.environment import environment
@@ -115,7 +115,7 @@ class Study:
         """Search, freeze, test."""
         self.found[name] = {"label": variant.label, **_described(variant), "validation": [], "test": []}
         if variant.demo is None:
-            start = Setting(variant.start, 0 if variant.gradients else None)
+            start = Setting(variant.start, FIRST_STRENGTH if variant.gradients else None)
             chosen = search(start, lambda settings: self.measure(name, variant, settings), self.most)
         else:
             chosen = Setting(round(math.log2(1000 * tuned_learning_rates()[variant.demo])))

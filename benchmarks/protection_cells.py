@@ -13,6 +13,7 @@ from kore.artifacts import atomic_write
 from kore.demo.cell import Inputs
 from kore.demo.methods import KORE_RANK, LORA_RANK, Budget
 
+FIRST_STRENGTH = 3
 WHOLE_INPUT = 192  # the width of the demo's narrowest layer input, so the largest rank that every layer has
 MERGES = ("raw", "tokens", "balanced")
 
@@ -29,7 +30,7 @@ class Variant:
         config: Fields of :class:`kore.KoreConfig` that are not the default.
         gradients: What the output gradients of two-sided protection are captured on, ``"prompts"`` or ``"answers"``;
             None for no such protection. They are merged as the covariances are.
-        start: The search begins at the learning rate 0.001 · 2^start.
+        start: The search begins at the learning rate 0.001 · 2^start and, with two-sided protection, at λ = 128.
         demo: The method of ``kore demo`` whose learning rate is taken; None to search for one.
     """
 
