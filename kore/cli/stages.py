@@ -25,6 +25,8 @@ RecipeName = Annotated[
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
+TOGETHER = {"capture": "capture", "capture-gradients": "capture", "init": "init"}
+
 
 def capture(
     model: Model,
@@ -56,6 +58,8 @@ def capture(
     """Capture the covariance of every layer's input on old data, or of the gradients at its output.
 
     Example: `kore capture -m models/llava -d old.json --image-root images -o runs/a/covariance`
+
+    Several processes, each with its share of the samples: `torchrun --nproc-per-node 4 -m kore capture ...`
 
     For two-sided protection, the same with `--gradients -o runs/a/gradients`.
     """
@@ -99,6 +103,8 @@ def init(
     reads less than this share of the old inputs' energy.
 
     Example: `kore init -m models/llava -c runs/a/covariance --rank match-lora-128 -o runs/a/adapter-init`
+
+    Several processes, which share the work and make the same adapter: `torchrun --nproc-per-node 4 -m kore init ...`
     """
     from kore.pipeline.config import AdapterSection
     from kore.pipeline.stages import InitStage
@@ -246,9 +252,20 @@ def evaluate(
 def _run(stage: Any, model: Any) -> None:
     from kore.pipeline.stage import only_one, run_stages
     from kore.pipeline.workbench import Workbench
+    from kore.processes import process_count
 
-    with only_one(stage.output):
-        run_stages([stage], Workbench(model, console.interactive()), console.stage)
+    if process_count() > 1:
+        if stage.name not in TOGETHER:
+            raise ConfigError(
+                f"{stage.name}: runs in one process, torchrun started {process_count()}; start it without torchrun. "
+                f"Commands for several processes: {', '.join(dict.fromkeys(TOGETHER.values()))}, train"
+            )
+        from kore.pipeline.together import run_together
+
+        run_together(stage, Workbench(model, console.interactive()), console.stage)
+    else:
+        with only_one(stage.output):
+            run_stages([stage], Workbench(model, console.interactive()), console.stage)
     console.say(f"result: {stage.output}")
 
 

@@ -75,13 +75,27 @@ def run_stages(stages: Sequence[Stage[C]], context: C, say: Say, rerun: Sequence
         if name not in names:
             raise KoreError(f"rerun: no stage is named {name!r}; the stages here are {', '.join(names)}")
     for stage in stages:
-        if read_record(stage.output).get("state") != "done" or not stage.complete():
+        if not is_done(stage):
             stage.check(context)
     for stage in stages:
-        _run_stage(stage, context, say, again=stage.name in rerun)
+        about = begin(stage, say, again=stage.name in rerun)
+        if about is not None:
+            started = time.perf_counter()
+            result = stage.run(context)
+            finish(stage, about, result, time.perf_counter() - started, say)
 
 
-def _run_stage(stage: Stage[C], context: C, say: Say, again: bool) -> None:
+def is_done(stage: Stage[Any]) -> bool:
+    """Whether the stage has a result, which may be of other inputs."""
+    return read_record(stage.output).get("state") == "done" and stage.complete()
+
+
+def begin(stage: Stage[Any], say: Say, again: bool = False) -> dict[str, Any] | None:
+    """Make the output ready and record that the stage runs; returns what is known of it, None for one to be skipped.
+
+    Raises:
+        ArtifactError: The result would replace a directory that no stage has made.
+    """
     inputs = stage.inputs()
     key = _key(inputs)
     file = record_file(stage.output)
@@ -89,7 +103,7 @@ def _run_stage(stage: Stage[C], context: C, say: Say, again: bool) -> None:
     same = record.get("key") == key and not again
     if same and record.get("state") == "done" and stage.complete():
         say(stage.name, "skipped", f"already done: {record.get('result', '')}".rstrip(": "))
-        return
+        return None
     reason = _reason(record, inputs, same, again)
     if reason:
         say(stage.name, "runs", reason)
@@ -103,12 +117,14 @@ def _run_stage(stage: Stage[C], context: C, say: Say, again: bool) -> None:
         _remove(stage.output)
     about = {"schema_version": SCHEMA_VERSION, "library_version": __version__, "key": key, "inputs": inputs}
     _write(file, {**about, "state": "running"})
-    started = time.perf_counter()
-    result = stage.run(context)
-    seconds = time.perf_counter() - started
+    return about
+
+
+def finish(stage: Stage[Any], about: Mapping[str, Any], result: str, seconds: float, say: Say) -> None:
+    """Record that the stage has done its work."""
     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
     times = {"seconds": round(seconds, 2), "finished": finished}
-    _write(file, {**about, "state": "done", "result": result, **times})
+    _write(record_file(stage.output), {**about, "state": "done", "result": result, **times})
     say(stage.name, "done", f"{result} ({duration(seconds)})")
 
 

@@ -26,7 +26,7 @@ from kore.pipeline.launch import train_in_processes
 from kore.pipeline.stage import directory_identity, model_identity
 from kore.pipeline.together import own_share, save_once
 from kore.pipeline.workbench import Workbench
-from kore.processes import process_count
+from kore.processes import is_main_process, process_count
 
 if TYPE_CHECKING:
     from kore.covariance import CovarianceSet
@@ -244,7 +244,8 @@ class InitStage:
         )
         if self.recipe is not None:
             model.kore_info["recipe"] = dict(self.recipe)
-        save_adapter(model, self.output)
+        if is_main_process():
+            save_adapter(model, self.output)
         context.put_adapted(model, self.output, trainable=True)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return f"{self.settings.method}, {trainable:,} trainable parameters"

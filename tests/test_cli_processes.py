@@ -1,0 +1,133 @@
+"""``kore capture`` and ``kore init`` under torchrun: two processes, one result; killed, and what is refused."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kore.cli.main import main
+from kore.covariance import load_covariance
+from tests.cli_worker import run
+from tests.tiny import save_tiny, tiny_conversations
+
+ROOT = Path(__file__).parents[1]
+FILES = ("adapter_config.json", "adapter_model.safetensors", "kore.json")
+
+
+def torchrun(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``torchrun -m tests.cli_worker words``: the command line in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    # A session of its own, so that a run that hangs is ended with all its processes.
+    with subprocess.Popen(
+        [*command, "-m", "tests.cli_worker", *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError("the processes hang") from None
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def forked(log: Path, *words: str, **environment: str) -> list[int | None]:
+    """The same with torchrun's variables in two forked processes, which spares importing; how they ended."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    workers = []
+    for rank in ("0", "1"):
+        settings = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        workers.append(context.Process(target=run, args=(words, settings, f"{log}-{rank}"), daemon=True))
+        workers[-1].start()
+    for worker in workers:
+        worker.join(timeout=120)
+        worker.kill()
+    return [worker.exitcode for worker in workers]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A model, old data in two files, and what one process makes of them with one thread."""
+    folder = tmp_path_factory.mktemp("together")
+    save_tiny("llama", folder / "model")
+    for name, count in (("a", 5), ("b", 3)):
+        tiny_conversations(folder / name, count, text_only=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main(capture(folder, folder / "cov")) == 0
+    assert main(init(folder, folder / "one")) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+def capture(work: Path, output: Path) -> list[str]:
+    data = [word for name in ("a", "b") for word in ("-d", f"{work}/{name}/conversations.json")]
+    return ["capture", "-m", f"{work}/model", *data, "-o", str(output), "--device", "cpu", "--batch-size", "2"]
+
+
+def init(work: Path, output: Path) -> list[str]:
+    return ["init", "-m", f"{work}/model", "-c", f"{work}/cov", "-o", str(output), "--device", "cpu", "--rank", "4"]
+
+
+def test_init_killed_in_both_processes_goes_on_and_gives_the_file_of_one(work, tmp_path):
+    output = tmp_path / "init"
+    killed = forked(tmp_path / "log", *init(work, output), KORE_TEST_DIES="after a part")
+    assert killed == [-signal.SIGKILL] * 2 and not (output / FILES[0]).exists()
+    assert len(list((output / "checkpoint").glob("part-*/manifest.json"))) == 2
+    ended = torchrun(*init(work, output), KORE_TEST_LOG=str(tmp_path / "solved"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("goes on where it was stopped") == ended.stdout.count("result: ") == 1
+    solved = [(tmp_path / f"solved-{rank}").read_text().count(".") for rank in range(2)]
+    assert min(solved) > 0 and sum(solved) == len(load_covariance(work / "cov").groups) - 2
+    for name in FILES:
+        assert (output / name).read_bytes() == (work / "one" / name).read_bytes(), name
+    assert {file.name for file in output.iterdir()} == {file.name for file in (work / "one").iterdir()}
+
+
+def test_capture_gives_the_sums_of_one_process(work, tmp_path):
+    assert forked(tmp_path / "log", *capture(work, tmp_path / "cov")) == [0, 0], (tmp_path / "log-0").read_text()
+    said = (tmp_path / "log-0").read_text()
+    assert "8 samples" in said and "2 groups of data balanced" in said
+    assert "samples" not in (tmp_path / "log-1").read_text()
+    one, two = load_covariance(work / "cov"), load_covariance(tmp_path / "cov")
+    assert one.groups == two.groups and one.merged_from == two.merged_from
+    for group in one.groups:
+        torch.testing.assert_close(
+            two[group.name], one[group.name], rtol=1e-4, atol=1e-6 * float(one[group.name].max())
+        )
+    assert not [file for file in (tmp_path / "cov").iterdir() if file.is_dir()]
+
+
+def test_a_failure_is_said_once(work, tmp_path):
+    (tmp_path / "other").mkdir()
+    words = ["other" if word == "cov" else word for word in init(work, tmp_path / "out")]
+    words[words.index("-c") + 1] = str(tmp_path / "other")
+    assert forked(tmp_path / "log", *words) == [2, 2]
+    assert (tmp_path / "log-0").read_text().count("error: ") == 1 and not (tmp_path / "out").exists()
+    assert (tmp_path / "log-1").read_text() == ""
+
+
+def test_what_cannot_be_shared_is_refused(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "a?", "answer": "b", "type": "t"}\n')
+    assert main(["eval", "-m", f"{work}/model", "-q", f"{tmp_path}/q.jsonl", "-o", f"{tmp_path}/out"]) == 2
+    said = capsys.readouterr().err
+    assert "eval: runs in one process, torchrun started 2" in said and "several processes: capture, init, train" in said
