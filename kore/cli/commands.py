@@ -47,12 +47,12 @@ def run(
     Example: `kore run examples/tiny.yaml train.learning_rate=1e-3`
     """
     from kore.pipeline.loading import dump_config, load_config
-    from kore.pipeline.run import recipe_line, run_pipeline, stage_names
+    from kore.pipeline.run import run_pipeline, stage_names
 
     settings = load_config(config, overrides or [])
     if check:
         console.say(dump_config(settings))
-        console.say(f"recipe: {recipe_line(settings)}")
+        console.say(f"recipe: {settings.recipe_line()}")
         console.say(f"{config} is valid; stages: {', '.join(stage_names(settings))}")
         return
     report = run_pipeline(settings, console.stage, rerun=rerun or [], progress=console.interactive())

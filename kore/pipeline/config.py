@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from kore.recipes import RECIPES, with_recipe
+from kore.recipes import RECIPES, SECTIONS, describe, with_recipe
 from kore.sizes import parse_bytes
 from kore.training import TrainConfig
 
@@ -274,3 +274,14 @@ class RunConfig(Section):
         if self.adapter.method == "kore" and self.old is None:
             raise ValueError("old: method kore needs old data to protect; add old.files, or choose another method")
         return self
+
+    def described(self, *sections: str) -> dict[str, Any]:
+        """The recipe and what differs from it, as ``kore.json`` holds it; of all sections if none is named."""
+        chosen = {name: getattr(self, name) for name in sections or SECTIONS}
+        given = {name: values.model_dump(mode="json") for name, values in chosen.items() if values is not None}
+        return describe(self.recipe, given)
+
+    def recipe_line(self) -> str:
+        """The recipe and what differs from it, in one line."""
+        changed = ", ".join(f"{key}: {value}" for key, value in self.described()["changed"].items())
+        return f"{self.recipe}, with {changed}" if changed else f"{self.recipe}, unchanged"

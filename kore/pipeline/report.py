@@ -120,7 +120,11 @@ def _training(report: Any, out: Path) -> None:
         report.figure(figures.loss_curves({"training": history}), "Loss on the answer tokens of the new data.")
     last: dict[str, Any] = next((entry for entry in reversed(history) if "loss" in entry), {})
     loss = f"{last['loss']:.4f}" if last else None
-    report.facts({"steps": last.get("step"), "epochs": last.get("epoch"), "last loss": loss})
+    facts = {"steps": last.get("step"), "epochs": last.get("epoch"), "last loss": loss}
+    if "penalty" in last:
+        facts |= {"of that, the penalty": f"{last['penalty']:.4f}"}
+        facts |= {"estimated cost on old data": f"{last['old_divergence']:.2g} nats for each old token"}
+    report.facts(facts)
 
 
 def _covariance(report: Any, config: RunConfig, out: Path) -> None:
@@ -203,6 +207,7 @@ def _run(report: Any, config: RunConfig, out: Path) -> None:
     report.section("Run")
     records = {
         "capture": out / "covariance",
+        "capture of gradients": out / "gradients",
         "evaluation before": out / "eval" / "before",
         "initialisation": out / "adapter-init",
         "training": out / "train",
@@ -226,6 +231,7 @@ def _run(report: Any, config: RunConfig, out: Path) -> None:
         {
             "model": config.model.path,
             "method": adapter.method,
+            "recipe": config.recipe_line(),
             "rank": adapter.rank if adapter.method != "full" else None,
             "old data": ", ".join(str(file) for file in config.old.files) if config.old else None,
             "new data": ", ".join(str(file) for file in config.new.files),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kore.artifacts import atomic_write
 from kore.pipeline.config import OldSection, RunConfig
@@ -13,7 +12,6 @@ from kore.pipeline.report import ReportStage
 from kore.pipeline.stage import Say, Stage, only_one, run_stages
 from kore.pipeline.stages import CaptureStage, EvalStage, GradientStage, InitStage, TrainStage
 from kore.pipeline.workbench import Workbench
-from kore.recipes import describe
 
 _READ_OLD_INPUTS = ("kore", "lora-null-v1", "lora-null-v2")
 
@@ -45,7 +43,9 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
         init = out / "adapter-init"
         targets = config.adapter.targets if config.adapter.targets is not None else config.capture.targets
         adapter = config.adapter.model_copy(update={"targets": targets})
-        stages.append(InitStage(init, model, adapter, covariance, seed, recipe=_recipe(config)))
+        stages.append(
+            InitStage(init, model, adapter, covariance, seed, recipe=config.described("old", "capture", "adapter"))
+        )
     train = TrainStage(
         out / "train",
         model,
@@ -64,23 +64,6 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
         stages.append(EvalStage(out / "eval" / "after", model, config.eval, **trained, name="eval-after"))
     stages.append(ReportStage(config))
     return stages
-
-
-def _recipe(config: RunConfig, *more: str) -> dict[str, Any]:
-    """What ``kore.json`` of the untrained adapter says of the recipe; with ``more`` sections, of theirs too."""
-    sections = {
-        name: values.model_dump(mode="json")
-        for name in ("old", "capture", "adapter", *more)
-        if (values := getattr(config, name)) is not None
-    }
-    return describe(config.recipe, sections)
-
-
-def recipe_line(config: RunConfig) -> str:
-    """The recipe and every setting that differs from it, in one line."""
-    described = _recipe(config, "train", "protection")
-    changed = ", ".join(f"{key}: {value}" for key, value in described["changed"].items())
-    return f"{described['name']}, with {changed}" if changed else f"{described['name']}, unchanged"
 
 
 def stage_names(config: RunConfig) -> list[str]:
