@@ -20,13 +20,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protection_cells import FIRST_STRENGTH, VARIANTS, Job, Setting, Variant, capture, run
+import kore
+from benchmarks.protection_cells import FIRST_STRENGTH, VARIANTS, Job, Setting, Variant, capture, make, merged, run
 from kore.artifacts import atomic_write
-from kore.demo.methods import FULL, QUICK, Budget, tuned_learning_rates
+from kore.demo.methods import FULL, LORA_RANK, QUICK, Budget, tuned_learning_rates
 from kore.environment import environment
 from kore.metrics import hars
 
 RESULT = Path(__file__).parent / "results" / "protection.json"
+NEW_SAMPLES = 256
 VALIDATION_WORLD, FIRST_TEST_WORLD = 101, 1
 MOST_CELLS = 6
 RULE = (
@@ -121,6 +123,29 @@ class Study:
             chosen = Setting(round(math.log2(1000 * tuned_learning_rates()[variant.demo])))
         self.found[name]["chosen"] = _setting(chosen)
         self._cells(name, "test", [(world, seed, chosen) for seed, world in enumerate(self.tests())], variant)
+
+    def match_rates(self) -> None:
+        """Note beside every frozen A the rate that :func:`kore.analysis.rates.step_matched_rate` gives from 256
+        training samples of the validation world and the demo's LoRA."""
+        from kore.analysis.rates import step_matched_rate
+        from kore.data import conversation_batches
+        from kore.demo.cell import load_start
+        from kore.demo.comparison import CAPTURE_BATCH
+        from kore.demo.encoding import CachedEncoder
+
+        inputs = self.inputs[VALIDATION_WORLD]
+        encoder, step = CachedEncoder.from_pretrained(inputs.checkpoint), max(1, len(inputs.augmented) // NEW_SAMPLES)
+        batches = conversation_batches(inputs.augmented[::step][:NEW_SAMPLES], encoder, CAPTURE_BATCH)
+        new = kore.capture_covariance(load_start(inputs.checkpoint), batches, progress=False)
+        for name, found in self.found.items():
+            variant = VARIANTS[name]
+            if variant.method in ("full", "lora") or variant.config.get("train_a"):
+                continue
+            cov = merged(self.directory / "old", "covariance", variant.merge)
+            model = make(load_start(inputs.checkpoint), variant, cov, 0)
+            matched = step_matched_rate(model, new, tuned_learning_rates()["lora"], LORA_RANK)
+            found["step_matched_rate"] = matched.learning_rate
+        atomic_write(self.output, json.dumps(self.results(), indent=1) + "\n")
 
     def _cells(
         self, name: str, split: str, wanted: Sequence[tuple[int, int, Setting]], variant: Variant
@@ -264,6 +289,7 @@ def main() -> None:
             started = [threads.submit(study.variant, name, VARIANTS[name]) for name in arguments.variants]
             for future in started:
                 future.result()
+        study.match_rates()
     finally:
         pool.shutdown(cancel_futures=True)
     show(study.results())

@@ -142,7 +142,7 @@ def run(job: Job) -> dict[str, Any]:
     variant = job.variant
     inputs = replace(job.inputs, encoder=_encoder(job.inputs.checkpoint))
     cov = merged(job.old, "covariance", variant.merge) if variant.method in ("kore", "random-a") else None
-    model: Any = prepare(load_start(inputs.checkpoint), variant, cov, job.seed)
+    model: Any = make(load_start(inputs.checkpoint), variant, cov, job.seed)
     protection = None
     if job.setting.penalty is not None:
         assert cov is not None and variant.gradients is not None
@@ -156,7 +156,7 @@ def run(job: Job) -> dict[str, Any]:
     return cell
 
 
-def prepare(model: Any, variant: Variant, cov: Any, seed: int) -> Any:
+def make(model: Any, variant: Variant, cov: Any, seed: int) -> Any:
     """The model made trainable by a variant's method."""
     import kore
     from kore import baselines

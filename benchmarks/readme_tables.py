@@ -39,6 +39,35 @@ def demo() -> str:
     return "\n".join(lines) + f"\n\n{where}"
 
 
+def protection() -> str:
+    """The study of `python -m benchmarks.protection`."""
+    return protection_table(_load("protection.json"))
+
+
+def protection_table(stored: dict[str, Any]) -> str:
+    """A row for each variant of a stored study."""
+    from benchmarks.protection import BASELINE, COLUMNS, plus_minus, summary
+    from benchmarks.protection_cells import VARIANTS
+
+    lines = [
+        f"| variant | trained | rate | λ | {' | '.join(COLUMNS)} | lead in Avg |",
+        "|---|--:|--:|--:|" + "--:|" * (len(COLUMNS) + 1),
+    ]
+    for row in summary(stored):
+        means = [plus_minus(row[column], "spread", ".1f") for column in COLUMNS]
+        penalty = "–" if row["penalty"] is None else f"{row['penalty']:g}"
+        trained = f"{row['trained_parameters'] / 1000:.0f} k"
+        lead = plus_minus(row.get("Avg lead"), "half", "+.1f")
+        lines.append(
+            f"| {row['label']} | {trained} | {row['learning_rate']:g} | {penalty} | {' | '.join(means)} | {lead} |"
+        )
+    return "\n".join(lines) + (
+        f"\n\nMean ± standard deviation over {len(stored['test_worlds'])} test worlds of `kore demo`; the lead over "
+        f"“{VARIANTS[BASELINE].label}” is paired by world, ± the 95 % interval of Student's t. "
+        f"{_where(stored['environment'])}."
+    )
+
+
 def _mean(value: dict[str, float | None] | None) -> str:
     if value is None:
         return "–"
@@ -121,7 +150,7 @@ def _where(environment: dict[str, Any]) -> str:
     return f"{environment['processor']}, torch {environment['torch']}, commit {str(environment['commit'])[:7]}"
 
 
-TABLES = {"demo": demo, "kernels": kernels, "lora": lora}
+TABLES = {"demo": demo, "kernels": kernels, "lora": lora, "protection": protection}
 
 
 def rewritten(text: str) -> str:
