@@ -58,14 +58,18 @@ def own_share(items: Sequence[T]) -> Sequence[T]:
     return items if processes.count == 1 else list(items)[processes.rank :: processes.count]
 
 
-def save_once(covariance: CovarianceSet, path: Path) -> None:
-    """Save what all processes have alike, in the first one; the others wait until it is there."""
+def save_once(covariance: CovarianceSet, path: Path, *, keep_groups: bool = False) -> None:
+    """Save what all processes have alike, in the first one, in place of what they keep there while they work.
+
+    It waits until all are done with that, and they until it is saved.
+    """
     from kore.distributed import Processes
 
     processes = Processes()
+    processes.share(None)
     with processes.fail_together():
         if processes.rank == 0:
-            covariance.save(path)
+            covariance.save(path, keep_groups=keep_groups)
 
 
 @contextlib.contextmanager
