@@ -84,6 +84,14 @@ def test_the_numbers_are_those_of_the_library(work, result):
     read_manifest(result, "analysis")
 
 
+def test_the_learning_rate_is_that_of_new_data_and_the_layers_asked_for(work, result):
+    rates = analysis.step_matched_rate(work / "adapter", load_covariance(work / "few")).by_module
+    (found,) = read(result)["rates"].values()
+    assert found["by_module"] == pytest.approx({module: rates[module] for module in read(result)["layers"]})
+    assert found["learning_rate"] == pytest.approx(float(np.median(list(found["by_module"].values()))))
+    assert "A learning rate to begin with" in (result / "report.html").read_text(encoding="utf-8")
+
+
 def test_related_data_are_more_alike(result):
     for measure in ("maps", "frobenius"):
         mean = np.array(read(result)["similarity"][measure]["mean"])

@@ -1,12 +1,13 @@
 """What an adapter lets through, what covariances look like, and what a layer loses with its components.
 
 ``run`` takes every measure over a model, ``files`` and ``page`` write what it found; the measures are ``spectra``,
-``similarity``, ``leaks``, ``retention`` and ``reconstruction``.
+``similarity``, ``leaks``, ``retention``, ``rates`` and ``reconstruction``.
 """
 
 from kore.analysis.adapters import Update, read_updates
 from kore.analysis.files import write_analysis
 from kore.analysis.leaks import leak, leak_and_energy_ratio
+from kore.analysis.rates import MatchedRate, step_matched_rate
 from kore.analysis.reconstruction import discard_errors
 from kore.analysis.retention import Retention, measure_update
 from kore.analysis.run import Analysis, analyze
@@ -15,6 +16,7 @@ from kore.analysis.spectra import effective_rank, spectrum
 
 __all__ = [
     "Analysis",
+    "MatchedRate",
     "Retention",
     "Update",
     "analyze",
@@ -27,5 +29,6 @@ __all__ = [
     "measure_update",
     "read_updates",
     "spectrum",
+    "step_matched_rate",
     "write_analysis",
 ]

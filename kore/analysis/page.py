@@ -38,6 +38,8 @@ def build_page(found: Analysis, settings: Mapping[str, Any]) -> tuple[Report, di
     if found.layers:
         _leak(found, report, show)
         _retention(found, report, show)
+    if found.rates:
+        _rates(found, report)
     if found.reconstruction:
         _reconstruction(found, report, show)
     report.section("Settings").facts({key: _text(value) for key, value in settings.items()})
@@ -125,6 +127,20 @@ def _retention(found: Analysis, report: Report, show: Callable[[str, Figure, str
     show("change", figures.leak_per_layer(changes, label), "Change of every layer's outputs.")
     keys = {f"change{suffix}": "change", f"bound{suffix}": "bound"}
     _kind_table(found, report, keys, "Medians over the layers of a kind.")
+
+
+def _rates(found: Analysis, report: Report) -> None:
+    reference = next(iter(found.rates.values())).reference_rate
+    report.section(
+        "A learning rate to begin with",
+        "The rate at which Adam's first steps move the outputs on a data set as far as those of a LoRA of rank 128, "
+        f"alpha 256, at {reference:g}: the median over the layers. It means something for data of the new knowledge "
+        "only; on old data, held out or not, A is quiet by construction and the rate comes out too high.",
+    )
+    rows = [
+        [name, *(f"{value:.2g}" for value in (rate.learning_rate, *rate.spread))] for name, rate in found.rates.items()
+    ]
+    report.table(["data", "learning rate", "lowest of a layer", "highest"], rows)
 
 
 def _reconstruction(found: Analysis, report: Report, show: Callable[[str, Figure, str], None]) -> None:

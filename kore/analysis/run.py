@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from kore.analysis.adapters import Update, read_updates
 from kore.analysis.leaks import leak_and_energy_ratio, row_space
+from kore.analysis.rates import MatchedRate, step_matched_rate
 from kore.analysis.reconstruction import discard_errors, output_energy
 from kore.analysis.retention import measure_update
 from kore.analysis.similarity import frobenius_similarity, map_similarity
@@ -38,6 +40,8 @@ class Analysis:
         maps: For each shared input and data set the heat map.
         input_of: For each measured module the shared input that it reads.
         rank: Of the adapter's layers.
+        rates: For each ``"new"`` data set the learning rate that :func:`kore.analysis.step_matched_rate` gives an
+            adapter with a frozen A of KORE's.
     """
 
     data: dict[str, dict[str, Any]]
@@ -49,6 +53,7 @@ class Analysis:
     maps: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     input_of: dict[str, str] = field(default_factory=dict)
     rank: dict[str, int] = field(default_factory=dict)
+    rates: dict[str, MatchedRate] = field(default_factory=dict)
 
     def mean_similarity(self, measure: str) -> np.ndarray:
         """The mean of a similarity over all shared inputs."""
@@ -69,6 +74,7 @@ class Analysis:
             "input_of": self.input_of,
             "layers": self.layers,
             "rank": self.rank,
+            "rates": {name: asdict(rate) for name, rate in self.rates.items()},
             "similarity": similarity,
             "reconstruction": self.reconstruction,
         }
@@ -126,7 +132,17 @@ def analyze(
                 _measure_adapter(found, module, updates[module], weight, group.name, matrices)
             if weight is not None:
                 _measure_reconstruction(found, module, weight, matrices)
+    if adapter is not None and _is_frozen(adapter):
+        measured = {module: updates[module] for module in chosen if module in updates}
+        found.rates = {name: step_matched_rate(measured, sets[name]) for name in new or {}}
     return found
+
+
+def _is_frozen(adapter: str | os.PathLike[str]) -> bool:
+    """Whether KORE saved the adapter, with a frozen A."""
+    from kore.adapter.files import KORE_FILE, read_info
+
+    return (Path(adapter) / KORE_FILE).is_file() and bool(read_info(adapter)["a_frozen"])
 
 
 def _sets(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, CovarianceSet]:

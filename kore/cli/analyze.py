@@ -56,6 +56,8 @@ def analyze(
     write_analysis(found, output, settings)
     for name, values in _leaks(found.layers).items():
         console.say(f"{name}: mean leak {sum(values) / len(values):.2e}")
+    for name, rate in found.rates.items():
+        console.say(f"{name}: learning rate {rate.learning_rate:.2g} steps as far as a LoRA's {rate.reference_rate:g}")
     console.say(f"report: {output / 'report.html'}")
 
 
