@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 KIND = "covariance"
 GRADIENTS = "output gradients"
 BALANCED = "balanced"
+_GROUPS = "groups"
 _FULL = "covariance"  # the whole matrix, as files of schema version 1 hold it
 
 
@@ -132,8 +134,14 @@ class CovarianceSet:
         entries = self[module].detach().cpu().contiguous()
         return hashlib.sha256(entries.numpy().data).hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set as a directory: half of each matrix in a safetensors file, and a manifest. Atomic."""
+    def save(self, path: str | os.PathLike[str], *, keep_groups: bool = False) -> None:
+        """Write the set as a directory: half of each matrix in a safetensors file, and a manifest. Atomic.
+
+        Args:
+            path: The directory; one that is there is replaced.
+            keep_groups: Keep what lies in its folder ``groups``, where :func:`group_folder` looks for the sets that
+                this one was merged from.
+        """
         with atomic_directory(path) as directory:
             fields = {
                 "groups": write_groups(directory, ((group, self._triangle(group.name)) for group in self.groups)),
@@ -144,6 +152,8 @@ class CovarianceSet:
                 "fingerprint": self.fingerprint,
             }
             write_manifest(directory, self.kind, fields)
+            if keep_groups and (Path(path) / _GROUPS).is_dir():
+                shutil.copytree(Path(path) / _GROUPS, directory / _GROUPS, copy_function=_link)
 
     def _triangle(self, name: str) -> Triangle:
         matrix = self._matrices[name]
@@ -174,6 +184,20 @@ class OutputGradients(CovarianceSet):
     """
 
     kind: ClassVar[str] = GRADIENTS
+
+
+def group_folder(path: Path, number: int) -> Path:
+    """Where a balanced capture saved at ``path`` keeps the set of one group of old data, by its place in
+    ``merged_from``."""
+    return path / _GROUPS / f"{number:03d}"
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for the file where the file system has such, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def write_groups(directory: Path, matrices: Iterable[tuple[Group, Triangle]]) -> list[dict[str, Any]]:
@@ -265,7 +289,8 @@ def merge_covariance(
 
     Returns:
         A set that computes a sum when it is asked for a matrix; the ``sets`` are not changed. Its ``merged_from``
-        (also in its manifest) holds the weights, and the name and the largest token count of each set.
+        (also in its manifest) holds the weights, and of each set its name, its largest token count and, where it was
+        merged itself, its ``merged_from``.
 
     Raises:
         KoreError: The sets differ in model, modules, grouping, row scaling, selected tokens or dtype, or a weight
@@ -286,7 +311,11 @@ def merge_covariance(
     merged_from = {
         "weights": BALANCED if balanced else factors,
         "sets": [
-            {"name": name, "tokens": max((group.tokens for group in cov.groups), default=0)}
+            {
+                "name": name,
+                "tokens": max((group.tokens for group in cov.groups), default=0),
+                **({} if cov.merged_from is None else {"merged_from": cov.merged_from}),
+            }
             for name, cov in zip(names, sets)
         ],
     }

@@ -27,7 +27,7 @@ SECTIONS = ("old", "capture", "adapter", "train", "protection")
 # Keys that say where data lie, what is shown, or how the work is split, and change the result by rounding at most.
 _NO_EFFECT = {
     "old": {"files", "image_root", "format", "on_bad_row", "groups"},
-    "capture": {"batch_size", "checkpoint_every", "memory_budget", "new_samples"},
+    "capture": {"batch_size", "checkpoint_every", "keep_groups", "memory_budget", "new_samples"},
     "train": {
         *("seed", "logging_steps", "save_steps", "save_total_limit", "report_to", "progress", "dataloader_workers"),
         *("on_bad_row", "gradient_checkpointing", "deepspeed", "fsdp", "fsdp_config"),

@@ -145,7 +145,7 @@ def test_capture_balances_the_groups_of_old_data_and_goes_on_where_it_was_stoppe
         capture("balanced", everything, *groups)
     balanced = capture("balanced", everything, *groups)
     assert [call.parent.name for call in calls] == ["000", "001", "001"]
-    assert sorted(path.suffix for path in (tmp_path / "balanced").iterdir()) == [".json"] + [".safetensors"] * 8
+    assert sorted(path.suffix for path in (tmp_path / "balanced").iterdir()) == ["", ".json"] + [".safetensors"] * 8
     assert [part["name"] for part in balanced.merged_from["sets"]] == ["a", "b"] and plain.merged_from is None
     for name in wanted.modules:
         torch.testing.assert_close(balanced[name], wanted[name], rtol=1e-12, atol=1e-12)

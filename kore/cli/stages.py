@@ -86,8 +86,16 @@ def capture(
 def init(
     model: Model,
     output: Output,
-    covariance: Annotated[Path | None, typer.Option("--covariance", "-c", help="Result of kore capture.")] = None,
-    method: Annotated[str, typer.Option(help="kore, lora or random-a.")] = "kore",
+    covariance: Annotated[
+        list[Path] | None, typer.Option("--covariance", "-c", help="Result of kore capture; repeat it to mix several.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the covariances or groups: balanced (by default), or numbers such as 1,2.")
+    ] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help="Take only this group of a balanced capture; repeatable.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="kore, lora, random-a, lora-null-v1 or lora-null-v2.")] = "kore",
     recipe: RecipeName = None,
     rank: Annotated[
         str | None, typer.Option(help="A number (by default 64), match-lora-R (the size of LoRA rank R), or energy:τ.")
@@ -104,6 +112,8 @@ def init(
 
     Example: `kore init -m models/llava -c runs/a/covariance --rank match-lora-128 -o runs/a/adapter-init`
 
+    Variants: `--set adapter.train_a=true`, `--set adapter.strength=0.5`, `--group mme`, `-c a -c b --weights 1,2`
+
     Several processes, which share the work and make the same adapter: `torchrun --nproc-per-node 4 -m kore init ...`
     """
     from kore.pipeline.config import AdapterSection
@@ -111,16 +121,20 @@ def init(
 
     options = _options(
         {"adapter": AdapterSection},
-        {**_model(model, dtype, device), "adapter": {"method": method, **_given(rank=rank)}},
+        {
+            **_model(model, dtype, device),
+            "adapter": {"method": method, **_given(rank=rank, groups=group, weights=_weights(weights))},
+        },
         set,
         recipe,
     )
     if options.adapter.method == "full":
         raise ConfigError("adapter.method: full has no adapter to make; use kore train --full")
-    if options.adapter.method == "kore" and covariance is None:
-        raise ConfigError("--covariance: method kore needs the result of kore capture")
-    described = _described(recipe, options.adapter, covariance)
-    stage = InitStage(output.absolute(), options.model, options.adapter, _absolute(covariance), seed, recipe=described)
+    if options.adapter.needs_covariance and not covariance:
+        raise ConfigError(f"--covariance: method {options.adapter.method} needs the result of kore capture")
+    paths = [path.absolute() for path in covariance or []]
+    described = _described(recipe, options.adapter, paths)
+    stage = InitStage(output.absolute(), options.model, options.adapter, paths or None, seed, recipe=described)
     _run(stage, options.model)
 
 
@@ -300,16 +314,26 @@ def _number(text: str) -> Any:
     return yaml.safe_load(text)
 
 
-def _described(recipe: str | None, adapter: Any, covariance: Path | None) -> dict[str, Any]:
+def _weights(text: str | None) -> Any:
+    """Numbers where there are commas, else the word."""
+    if text is None or not any(letter.isdigit() for letter in text):
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights: expected balanced or numbers separated by commas, got {text!r}") from None
+
+
+def _described(recipe: str | None, adapter: Any, covariance: list[Path]) -> dict[str, Any]:
     """The recipe of an untrained adapter, and how it and the covariance differ from it."""
     from kore.artifacts import MANIFEST
-    from kore.covariance import load_covariance
+    from kore.mixing import open_mixture
     from kore.recipes import capture_sections, describe
 
     sections = {"adapter": adapter.model_dump(mode="json")}
     name = recipe or "default"
-    if covariance is not None and (covariance / MANIFEST).is_file():
-        sections |= capture_sections(name, load_covariance(covariance))
+    if covariance and all((path / MANIFEST).is_file() for path in covariance):
+        sections |= capture_sections(name, open_mixture(covariance, adapter.chosen_groups, adapter.weights))
     return describe(name, sections)
 
 

@@ -19,6 +19,14 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | Path | dict) else value
 
 
+def _weights(value: Any) -> Any:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    numbers = items is not None and all(isinstance(item, int | float) and not isinstance(item, bool) for item in items)
+    if value in (None, "balanced") or numbers:
+        return value
+    raise ValueError("expected balanced, a list of numbers, or a number for each name")
+
+
 class ExistingFile:
     """Marks a path that must be a file."""
 
@@ -98,6 +106,9 @@ class CaptureSection(Section):
     """Which tokens count. "prompt" are those before the last answer, the others are chosen from the whole text."""
     memory_budget: int | str | None = None
     """Bytes, or text like 12GiB, for the matrices and token buffers on each device; null is no limit."""
+    keep_groups: bool = True
+    """Keep the covariances of the single groups of old data beside their balanced sum, for ``adapter.groups``; each
+    takes as much disk as the sum."""
     new_samples: int = Field(default=0, ge=0)
     """Also capture this many samples of the new data, for the leak on new inputs in the report."""
 
@@ -110,7 +121,7 @@ class CaptureSection(Section):
 
 
 class AdapterSection(Section):
-    method: Literal["kore", "lora", "full", "random-a"] = "kore"
+    method: Literal["kore", "lora", "full", "random-a", "lora-null-v1", "lora-null-v2"] = "kore"
     rank: int | str = 64
     targets: str | list[str] | None = None
     """The adapted layers; null: those of ``capture.targets``."""
@@ -120,6 +131,54 @@ class AdapterSection(Section):
     modules_to_save: Literal["auto"] | list[str] | None = "auto"
     """Modules trained in full beside the adapter; "auto" is the multimodal projector, null is none."""
     solver: Literal["auto", "eigh", "randomized", "svd"] = "auto"
+    train_a: bool = False
+    """For method kore: train A too; the adapter then has rank 2r, one half of it constant."""
+    strength: float = 1.0
+    """For method kore: between no constraint (0) and the null space (1)."""
+    groups: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] | None = None
+    """The groups of old data whose covariances count, of those that a balanced capture has; null: all."""
+    weights: Annotated[Literal["balanced"] | list[float] | dict[str, float] | None, BeforeValidator(_weights)] = None
+    """The weight of each group (or of each covariance of ``kore init``), in order or by name; "balanced", or null:
+    each contributes the same trace. With names, ``groups`` may be left out."""
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether the method reads the old inputs' null space."""
+        return self.method in ("kore", "lora-null-v1", "lora-null-v2")
+
+    @property
+    def chosen_groups(self) -> list[str] | None:
+        """The groups, from ``groups`` or the names of ``weights``."""
+        if self.groups is None and isinstance(self.weights, dict):
+            return list(self.weights)
+        return self.groups
+
+    @model_validator(mode="after")
+    def _variant(self) -> AdapterSection:
+        from kore.errors import ConfigError
+
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength: expected a number above 0 and up to 1, got {self.strength}")
+        mixed = [name for name in ("groups", "weights") if getattr(self, name) is not None]
+        if mixed and not self.needs_covariance:
+            raise ValueError(f"{mixed[0]}: method {self.method} reads no covariance; leave {mixed[0]} out")
+        groups = self.chosen_groups
+        if groups is not None and len(set(groups)) < len(groups):
+            raise ValueError("groups: one is named twice; give it a larger weight instead")
+        try:
+            if groups is not None:
+                from kore.mixing import check_weights
+
+                check_weights(groups, self.weights)
+            if self.train_a or self.strength != 1 or self.method.startswith("lora-null"):
+                from kore.adapter.config import KoreConfig
+                from kore.baselines import check_options
+
+                check_options(self.method, self.scale, self.train_a, self.strength)
+                KoreConfig(rank=self.rank, strength=self.strength)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -271,8 +330,29 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _old_data_for_kore(self) -> RunConfig:
-        if self.adapter.method == "kore" and self.old is None:
-            raise ValueError("old: method kore needs old data to protect; add old.files, or choose another method")
+        if self.adapter.needs_covariance and self.old is None:
+            method = self.adapter.method
+            raise ValueError(f"old: method {method} needs old data to protect; add old.files, or choose another method")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_of_old_data(self) -> RunConfig:
+        groups = self.adapter.chosen_groups
+        if groups is None:
+            if self.adapter.weights is not None:
+                raise ValueError("adapter.weights: expected adapter.groups with it, or a weight by name for each group")
+            return self
+        assert self.old is not None
+        if not self.old.balanced:
+            raise ValueError("adapter.groups: expected old data of several groups, with old.balance not false")
+        known = list(dict.fromkeys(self.old.file_groups()))
+        for group in groups:
+            if group not in known:
+                from kore.mixing import unknown_group
+
+                raise ValueError(f"adapter.groups: {unknown_group(group, known)}")
+        if not self.capture.keep_groups:
+            raise ValueError("adapter.groups: expected capture.keep_groups not to be false")
         return self
 
     def described(self, *sections: str) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from kore.pipeline.stage import Say, Stage, only_one, run_stages
 from kore.pipeline.stages import CaptureStage, EvalStage, GradientStage, InitStage, TrainStage
 from kore.pipeline.workbench import Workbench
 
-_READ_OLD_INPUTS = ("kore", "lora-null-v1", "lora-null-v2")
-
 
 def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
     """The stages a configuration asks for.
@@ -26,7 +24,7 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
     method, protect = config.adapter.method, config.protection.strength is not None
     stages: list[Stage[Workbench]] = []
     covariance = gradients = init = None
-    if config.old is not None and (protect or method in _READ_OLD_INPUTS):
+    if config.old is not None and (protect or config.adapter.needs_covariance):
         covariance = out / "covariance"
         stages.append(CaptureStage(covariance, model, config.old, config.capture, seed))
         if config.capture.new_samples:

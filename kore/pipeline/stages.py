@@ -46,7 +46,7 @@ class CaptureStage:
     name: str = "capture"
 
     def inputs(self) -> dict[str, Any]:
-        settings = self.settings.model_dump(exclude={"new_samples", "memory_budget"})
+        settings = self.settings.model_dump(exclude={"new_samples", "memory_budget", "keep_groups"})
         return {
             **_model_inputs(self.model),
             **_data_inputs("old", self.old),
@@ -64,11 +64,13 @@ class CaptureStage:
         return context.conversations(self.old, self.seed, require_answer=self.settings.tokens != "prompt")
 
     def run(self, context: Workbench) -> str:
+        from kore.covariance import group_folder
+
         conversations = self._conversations(context)
         if self.old.balanced:
             parts = {}
             for number, (group, members) in enumerate(_by_group(self.old, conversations).items()):
-                folder = self.output / "groups" / f"{number:03d}"
+                folder = group_folder(self.output, number)
                 if not (folder / MANIFEST).is_file():
                     save_once(self._capture(context, own_share(members), folder / "checkpoint"), folder)
                 parts[group] = self._load(folder)
@@ -76,7 +78,7 @@ class CaptureStage:
             note = f", {len(parts)} groups of data balanced"
         else:
             covariance, note = self._capture(context, own_share(conversations), self.output / "checkpoint"), ""
-        save_once(covariance, self.output)
+        save_once(covariance, self.output, keep_groups=self.settings.keep_groups)
         counted = max(group.tokens for group in covariance.groups)
         modules, groups = len(covariance.modules), len(covariance.groups)
         return f"{len(conversations)} samples, {counted:,} tokens, {modules} layers in {groups} groups{note}"
@@ -192,20 +194,29 @@ def _by_group(old: OldSection, conversations: Sequence[Conversation]) -> dict[st
 
 @dataclass(frozen=True)
 class InitStage:
-    """The untrained adapter, saved at ``output``; ``covariance`` is needed by method kore only."""
+    """The untrained adapter, saved at ``output``.
+
+    Methods that read the old inputs' null space need ``covariance``: one result of capture, of which ``settings`` may
+    choose groups, or several, to be mixed by the weights of ``settings``.
+    """
 
     output: Path
     model: ModelSection
     settings: AdapterSection
-    covariance: Path | None = None
+    covariance: Path | Sequence[Path] | None = None
     seed: int = 0
     name: str = "init"
     recipe: Mapping[str, Any] | None = None
     """What :func:`kore.recipes.describe` says of the capture and the adapter; goes into ``kore.json``."""
 
     def inputs(self) -> dict[str, Any]:
-        source = self._source()
-        covariance = {} if source is None else {"covariance": directory_identity(source)}
+        from kore.mixing import sources
+
+        paths = self._paths()
+        read = sources(paths, self.settings.chosen_groups) if paths else {}
+        covariance = {f"covariance.{name}": directory_identity(path) for name, path in read.items()}
+        if len(paths) == 1 and self.settings.chosen_groups is None:
+            covariance = {"covariance": directory_identity(paths[0])}
         return {**_model_inputs(self.model), **_flat("adapter", self.settings), **covariance, "seed": self.seed}
 
     def complete(self) -> bool:
@@ -216,21 +227,21 @@ class InitStage:
         from kore.covariance import load_covariance
         from kore.models import check_fingerprint, resolve_targets
 
-        source = self._source()
-        if source is not None and (source / MANIFEST).is_file():
-            check_fingerprint(load_covariance(source).fingerprint, context.base(), f"the covariance {source}")
-        names = resolve_targets(context.base(), self.settings.targets)
-        if source is None or energy_share(self.settings.rank) is None:
-            resolve_rank(context.base(), names, self.settings.rank)
+        paths, settings = self._paths(), self.settings
+        for path in paths:
+            if (path / MANIFEST).is_file():
+                check_fingerprint(load_covariance(path).fingerprint, context.base(), f"the covariance {path}")
+        names = resolve_targets(context.base(), settings.targets)
+        if not paths or energy_share(settings.rank) is None:
+            trains_a = settings.train_a or settings.method == "lora-null-v1"
+            resolve_rank(context.base(), names, settings.rank, trains_a)
 
     def run(self, context: Workbench) -> str:
         from kore.adapter import save_adapter
         from kore.baselines import prepare_model
-        from kore.covariance import load_covariance
 
-        source = self._source()
-        covariance = None if source is None else load_covariance(source)
-        options = self.settings.model_dump(exclude={"method"})
+        covariance = self._covariance() if self._paths() else None
+        options = self.settings.model_dump(exclude={"method", "groups", "weights"})
         base = context.base()
         context.drop()
         model: Any = prepare_model(
@@ -250,8 +261,15 @@ class InitStage:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return f"{self.settings.method}, {trainable:,} trainable parameters"
 
-    def _source(self) -> Path | None:
-        return self.covariance if self.settings.method == "kore" else None
+    def _paths(self) -> list[Path]:
+        if self.covariance is None or not self.settings.needs_covariance:
+            return []
+        return [self.covariance] if isinstance(self.covariance, Path) else list(self.covariance)
+
+    def _covariance(self) -> CovarianceSet:
+        from kore.mixing import open_mixture
+
+        return open_mixture(self._paths(), self.settings.chosen_groups, self.settings.weights)
 
 
 @dataclass(frozen=True)
