@@ -164,10 +164,11 @@ def test_examples_are_valid(example):
 
 def test_the_paper_s_settings_are_in_the_examples():
     folder = EXAMPLES[0].parent
-    ranks = {"llava-1.5-7b.yaml": 235, "qwen2.5-vl-7b.yaml": 274}
+    ranks = {"llava-1.5-7b.yaml": "match-lora-128", "qwen2.5-vl-7b.yaml": 274}
     for name, rank in ranks.items():
         config = load_config(folder / name, check_paths=False)
-        assert config.adapter.rank == rank and config.old.max_samples == 256 and len(config.old.files) == 4
+        assert config.recipe == "paper" and config.adapter.rank == rank
+        assert (config.old.max_samples, config.old.balance, len(config.old.files)) == (256, False, 4)
         train = config.train
         assert (train.learning_rate, train.projector_learning_rate, train.epochs) == (2e-4, 2e-5, 6)
         assert (train.scheduler, train.warmup_ratio, train.weight_decay) == ("cosine", 0.03, 0.0)

@@ -78,10 +78,13 @@ class CaptureStage:
             note = f", {len(parts)} groups of data balanced"
         else:
             covariance, note = self._capture(context, own_share(conversations), self.output / "checkpoint"), ""
-        save_once(covariance, self.output, keep_groups=self.settings.keep_groups)
+        save_once(covariance, self.output, keep_groups=self._keeps_groups())
         counted = max(group.tokens for group in covariance.groups)
         modules, groups = len(covariance.modules), len(covariance.groups)
         return f"{len(conversations)} samples, {counted:,} tokens, {modules} layers in {groups} groups{note}"
+
+    def _keeps_groups(self) -> bool:
+        return self.settings.keep_groups
 
     def _load(self, folder: Path) -> CovarianceSet:
         from kore.covariance import load_covariance
@@ -152,6 +155,9 @@ class GradientStage(CaptureStage):
                 "set capture.tokens to all, or protection.tokens to text"
             )
         super().check(context)
+
+    def _keeps_groups(self) -> bool:
+        return False  # nothing asks for a single group's
 
     def _load(self, folder: Path) -> CovarianceSet:
         from kore.covariance import load_output_gradients

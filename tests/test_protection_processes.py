@@ -1,0 +1,90 @@
+"""The two-sided penalty on weights that FSDP2 has sharded over two processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kore import capture_covariance, capture_output_gradients, two_sided
+from tests.acceleration_models import frozen_lora
+from tests.batches import MODELS, make_batch, make_batches
+
+NO_CPU = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on CPUs")
+
+
+def penalised(components: int | None):
+    """A model with random B, and its penalty."""
+    base, options = MODELS["llama"](), {"progress": False, "distributed": False}
+    batches = make_batches("llama", 2)
+    cov, gradients = (capture(base, batches, **options) for capture in (capture_covariance, capture_output_gradients))
+    model = frozen_lora()
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model, two_sided(model, cov, gradients, 50.0, components=components)
+
+
+def loss_of(model, penalty):
+    batch = make_batch("llama")
+    return model(**{**batch, "labels": batch["input_ids"]}).loss + penalty()
+
+
+def work(rank: int, components: int | None, folder: Path) -> None:
+    """Two steps on the same batch in every process, so that the mean gradient is that of one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, penalty = penalised(components)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    values = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = loss_of(model, penalty)
+        loss.backward()
+        optimizer.step()
+        values.append(float(loss.detach()))
+    assert all(hasattr(term.B, "full_tensor") for term in penalty.terms)
+    B = {name: p.full_tensor().detach() for name, p in model.named_parameters() if p.requires_grad}
+    torch.save((values, B), folder / f"rank{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # a fork of a process with threads may wait for them for ever if it ends in the ordinary way
+
+
+@NO_CPU
+@pytest.mark.parametrize("components", [None, 8])
+def test_sharded_weights_take_the_steps_of_whole_ones(components, tmp_path):
+    model, penalty = penalised(components)
+    assert float(penalty().detach()) > 1e-3
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(rank, components, tmp_path), daemon=True) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+        assert worker.exitcode == 0
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    expected = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = loss_of(model, penalty)
+        loss.backward()
+        optimizer.step()
+        expected.append(float(loss.detach()))
+    for rank in range(2):
+        values, B = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert values == pytest.approx(expected, rel=1e-5)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(B[name], parameter.detach(), rtol=1e-4, atol=1e-6, msg=name)
