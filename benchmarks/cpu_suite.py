@@ -18,7 +18,7 @@ import torch
 
 import kore_kernels as kk
 from benchmarks import bench_capture, peak_memory
-from kore.bench import covariance, lora_peers, peers, step, step_peers
+from kore.bench import covariance, init, init_cases, llava, lora_peers, peers, step, step_peers
 from kore.bench import lora as bench_lora
 from kore.bench.lora_layers import Case
 from kore.bench.machine import describe, measure_roofline
@@ -32,6 +32,7 @@ RANK, LORA_RANK = 235, 128
 SHAPES = ((2048, (2048,)), (2048, (5504,)), (2048, (2048,) * 3), (2048, (5504,) * 2))
 LAYERS = [Case(d_in, d_out, 1024, RANK, torch.float32) for d_in, d_out in SHAPES]
 STACK = step_peers.LlamaShape(layers=2, width=1024, inner=2752, heads=16, vocabulary=2048)
+INIT_LAYER, INIT_COVARIANCE, INIT_MODEL = (1024, 2752, 64), (4096, 235), (llava.SMALL, 6, 64)
 UPDATES = [(dtype, d, 2048) for dtype in (torch.float32, torch.bfloat16) for d in (1024, 4096)]
 
 
@@ -101,12 +102,29 @@ def training_step(rounds: int) -> dict[str, Any]:
     return {**found, "layers": STACK.layers, "d": STACK.width, "f": STACK.inner}
 
 
+def initialisation(rounds: int) -> dict[str, Any]:
+    """A decoder layer, one wide covariance, and a whole small model with its capture, beside the official recipe."""
+    found = {
+        "layer": init.run(init.Plan(*INIT_LAYER, rounds=min(rounds, 9)), CPU),
+        "covariance": init_cases.run_covariance(
+            init_cases.CovariancePlan(*INIT_COVARIANCE, rounds=min(rounds, 3)), CPU
+        ),
+        "model": init_cases.run_model(init_cases.ModelPlan(*INIT_MODEL, rounds=min(rounds, 3)), CPU),
+    }
+    for name, case in found.items():
+        faster = case["ours_is_faster"][init.OFFICIAL]["median"]
+        print(f"{name}: {case['median_s'][init.OURS]:.2f} s, official recipe {faster:.1f} ×", flush=True)
+    goals = {name: {"goal": 10.0, "found": found[name]["ours_is_faster"][init.OFFICIAL]["median"]} for name in found}
+    return {**found, "goals": goals}
+
+
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "covariance": updates,
     "memory": memory,
     "capture": capture,
     "lora": lora,
     "step": training_step,
+    "init": initialisation,
 }
 
 

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from kore.bench import init as bench_init
+from kore.bench import init_cases
 from kore.bench.lora_peers import FROZEN, OURS
 from kore.bench.lora_peers import PEERS as LORA_PEERS
 
@@ -129,6 +131,38 @@ def lora() -> str:
         f"\n\nA step is forward, backward and AdamW; the frozen model stops at the gradient of its inputs. "
         f"{steps['layers']} Llama layers, d = {steps['d']}, f = {steps['f']}, {steps['tokens']} tokens, "
         f"r = {steps['rank']}, {steps['dtype']}, medians of interleaved rounds, {_where(steps['environment'])}."
+    )
+
+
+def init() -> str:
+    """The initialisation of `python -m benchmarks.cpu_suite`."""
+    stored = _load("cpu.json")["init"]
+    layer, covariance, model = stored["layer"], stored["covariance"], stored["model"]
+    names = {
+        "layer": f"decoder layer, d = {layer['width']}, f = {layer['inner']}, r = {layer['rank']}",
+        "covariance": f"one covariance, d = {covariance['width']}, r = {covariance['rank']}",
+        "model": f"LLaVA of {model['layers']} such layers, capture of {model['tokens']} tokens included",
+    }
+    columns = (bench_init.OURS, bench_init.EIGH, init_cases.EIGH_FLOAT32, bench_init.OFFICIAL)
+    lines = [
+        f"| initialisation, s | {' | '.join(columns)} | official over ours | energy ratio | of the official |",
+        "|---|" + "--:|" * (len(columns) + 3),
+    ]
+    for name, label in names.items():
+        case = stored[name]
+        cells = [f"{case['median_s'][way]:.2f}" if way in case["median_s"] else "–" for way in columns]
+        ratios = [
+            max(space["energy_ratio"][way] for space in case["null_spaces"].values())
+            for way in (bench_init.OURS, bench_init.OFFICIAL)
+        ]
+        cells += [_ratio(case["ours_is_faster"][bench_init.OFFICIAL]), f"{ratios[0]:.4f}", f"{ratios[1]:.4g}"]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + (
+        f"\n\nMedians of {layer['rounds']}, {covariance['rounds']} and {model['rounds']} rounds in turn, "
+        f"{stored['machine']['threads']} threads, {_where(stored['environment'])}; float32. Energy ratio: what the r "
+        "directions hold over the least that r can hold, in float64, the worst of the inputs. The first two covariances"
+        f" are synthetic, of condition {layer['condition']:g} with outlier channels; the model is random. The official "
+        "recipe: two full SVDs for each of the 7 linears of a layer, and hooks on each."
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from kore.bench import init
+from kore.bench import init, init_cases
 from kore.bench.check import InaccurateError
+from kore.bench.llava import TINY
 from kore.cli.main import main
 
 
@@ -48,3 +50,33 @@ def test_command(tmp_path, capsys):
     assert all(found["energy_ratio"][init.OURS] <= 1.02 for found in stored["null_spaces"].values())
     assert main(["bench", "init", "--rank", "99", "--quick"]) == 2
     assert "expected at most d = 96" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["covariance", "model"])
+def test_other_cases(case, tmp_path, capsys):
+    target = tmp_path / "init.json"
+    words = ["bench", "init", "--quick", "--device", "cpu", "--rounds", "1", "--json", str(target), "--case", case]
+    assert main(words) == 0
+    shown, stored = capsys.readouterr().out, json.loads(target.read_text())
+    assert stored["case"] == case and stored["rank"] == 12 and "official recipe" in shown
+    assert ("eigh in float32" in shown) == (case == "covariance") and ("capture of 160 tokens" in shown) == (
+        case == "model"
+    )
+    assert main(["bench", "init", "--quick", "--case", "model", "--width", "8"]) == 2
+    assert main(["bench", "init", "--quick", "--case", "linear"]) == 2
+
+
+def test_a_whole_model_ends_as_it_began_and_is_not_timed_with_a_wrong_null_space(monkeypatch):
+    model = init_cases.random_llava(TINY, torch.device("cpu"), torch.float32)
+    names, before = [name for name, _ in model.named_modules()], {k: v.clone() for k, v in model.state_dict().items()}
+    monkeypatch.setattr(init_cases, "random_llava", lambda *arguments: model)
+    plan = init_cases.ModelPlan(TINY, 3, 6, 2)
+    found = init_cases.run_model(plan, torch.device("cpu"))
+    assert found["rounds"] == 2 and [name for name, _ in model.named_modules()] == names
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    solve = init_cases.null_space
+    monkeypatch.setattr(
+        init_cases, "null_space", lambda C, *rest: dataclasses.replace(f := solve(C, *rest), basis=f.basis.flip(0))
+    )
+    with pytest.raises(InaccurateError, match="energy ratio"):
+        init_cases.run_model(plan, torch.device("cpu"))

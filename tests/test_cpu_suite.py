@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from benchmarks import cpu_suite, readme_tables
+from kore.bench.init import OFFICIAL
+from kore.bench.init import OURS as OURS_INIT
+from kore.bench.llava import TINY
 from kore.bench.lora_layers import Case
 from kore.bench.lora_peers import FROZEN, GROUP, OURS, PEFT
 from kore.bench.step_peers import LlamaShape
@@ -25,7 +28,10 @@ def stored(tmp_path_factory):
         patch.setattr(cpu_suite, "STACK", LlamaShape(1, 64, 96, 2, 64))
         patch.setattr(cpu_suite, "RANK", 6)
         patch.setattr(cpu_suite, "LORA_RANK", 3)
-        words = ["--only", "lora", "step", "--output", str(output), "--rounds", "3", "--threads", "1"]
+        patch.setattr(cpu_suite, "INIT_LAYER", (48, 80, 6))
+        patch.setattr(cpu_suite, "INIT_COVARIANCE", (64, 8))
+        patch.setattr(cpu_suite, "INIT_MODEL", (TINY, 3, 6))
+        words = ["--only", "lora", "step", "init", "--output", str(output), "--rounds", "3", "--threads", "1"]
         patch.setattr(sys, "argv", ["cpu_suite", *words])
         cpu_suite.main()
     torch.set_num_threads(threads)
@@ -33,7 +39,7 @@ def stored(tmp_path_factory):
 
 
 def test_every_part_is_stored_with_where_it_was_made_and_its_goals(stored):
-    assert set(stored) == {"lora", "step"}
+    assert set(stored) == {"lora", "step", "init"}
     for part in stored.values():
         assert part["environment"]["commit"] and part["machine"] == {"device": "cpu", "threads": 1} and part["backends"]
     for case, goals in zip(stored["lora"]["cases"], stored["lora"]["goals"], strict=True):
@@ -55,6 +61,20 @@ def test_the_table_has_every_contender_and_model(stored, monkeypatch):
     assert f" {ratio:.3f} " in single and " – " in single and " – " not in pair
     for name, row in stored["step"]["contenders"].items():
         assert f"| {name} | {row['over_frozen']['median']:.2f} × | {row['tokens_per_second']:.0f} |" in made
+
+
+def test_the_initialisation_is_stored_and_shown(stored, monkeypatch):
+    monkeypatch.setattr(readme_tables, "_load", lambda name: stored)
+    found = stored["init"]
+    assert set(found["model"]["null_spaces"]) == {"q_proj", "o_proj", "gate_proj", "down_proj"}
+    assert [found[name]["rounds"] for name in ("layer", "covariance", "model")] == [3, 3, 3]
+    rows = readme_tables.init().splitlines()[2:5]
+    for row, name in zip(rows, ("layer", "covariance", "model"), strict=True):
+        faster = found[name]["ours_is_faster"][OFFICIAL]["median"]
+        assert found["goals"][name] == {"goal": 10.0, "found": faster} and f"| {faster:.2f} × (" in row
+        assert row.count("|") == readme_tables.init().splitlines()[0].count("|")
+        worst = max(space["energy_ratio"][OURS_INIT] for space in found[name]["null_spaces"].values())
+        assert worst <= 1.02 and f"| {worst:.4f} |" in row
 
 
 def test_a_marker_gets_its_table_and_an_unknown_or_open_one_is_told(stored, monkeypatch):

@@ -102,6 +102,7 @@ def run(plan: Plan, device: torch.device, done: Callable[[str], None] = lambda n
 
     times = in_turn(steps, seconds, plan.rounds, warm_up=1)
     return {
+        "case": "layer",
         **{key: value for key, value in asdict(plan).items() if key != "rounds"},
         "rounds": len(times[OURS]),
         "backend": "torch.linalg",

@@ -11,6 +11,13 @@ from kore.bench.show import headline
 if TYPE_CHECKING:
     from rich.table import Table
 
+_ABOUT = {
+    "layer": "A of the 7 linears of a Llama layer, d = {width}, f = {inner}, r = {rank}",
+    "covariance": "The null space of one covariance, d = {width}, r = {rank}",
+    "model": "A random LLaVA of {layers} layers, d = {width}, f = {inner}, r = {rank}: capture of {tokens} tokens in "
+    "{samples} samples, and A of all linears",
+}
+
 
 def table(result: Mapping[str, Any]) -> Table:
     """A row for each contender."""
@@ -32,12 +39,12 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What a reader of the table has to know."""
-    lines = [
-        headline(result),
-        f"A of the 7 linears of a Llama layer, d = {result['width']}, f = {result['inner']}, r = {result['rank']}; "
-        f"synthetic covariances of condition {result['condition']:g} with 6 outlier channels, rounded to float32",
-        "Energy over the smallest possible, checked in float64 before timing:",
-    ]
+    lines = [headline(result), _ABOUT[result["case"]].format(**result)]
+    if "condition" in result:
+        lines.append(
+            f"Synthetic covariances of condition {result['condition']:g} with 6 outlier channels, rounded to float32"
+        )
+    lines.append("Energy over the smallest possible, checked in float64 before timing:")
     for name, found in result["null_spaces"].items():
         ours, official = found["energy_ratio"][OURS], found["energy_ratio"][OFFICIAL]
         lines.append(f"  {name}, d = {found['d']}: {ours:.4f} ({found['method']}); official recipe {official:.4g}")

@@ -161,6 +161,9 @@ def step(
 
 def init(
     device: Device = "auto",
+    case: Annotated[
+        str, typer.Option(help="layer; covariance, one alone; or model, a small LLaVA with its capture.")
+    ] = "layer",
     width: Annotated[int | None, typer.Option(min=8, help="d of the layer.")] = None,
     inner: Annotated[int | None, typer.Option(min=8, help="d_in of down_proj.")] = None,
     rank: Annotated[int | None, typer.Option(min=1)] = None,
@@ -174,26 +177,40 @@ def init(
     Null spaces are checked against float64 first: energy at most 1.02 of the smallest possible, or that of the recipe.
 
     Example: `kore bench init --width 4096 --inner 11008 --rank 235 --rounds 1`
+
+    One covariance alone: `kore bench init --case covariance --width 4096 --rank 235`
     """
     from kore.bench import show_init
     from kore.bench.init import Plan, run
+    from kore.bench.init_cases import CovariancePlan, ModelPlan, run_covariance, run_model
+    from kore.bench.llava import SMALL, TINY
     from kore.bench.machine import resolve_device
     from kore.errors import KoreError
 
     place = resolve_device(device)
     large = place.type == "cuda" and not quick
+    if _one_of("--case", case, ("layer", "covariance", "model")) == "model":
+        if width is not None or inner is not None:
+            raise KoreError("--width, --inner: the model of --case model has its own; leave them out")
+        shape = TINY if quick else SMALL
+        width, inner = shape.width, shape.inner
     width = width or (4096 if large else 96 if quick else 1024)
-    plan = Plan(
-        width=width,
-        inner=inner or (11008 if large else 160 if quick else 2752),
-        rank=rank or (235 if large else 12 if quick else 64),
-        rounds=rounds or 3,
-    )
-    if plan.rank > min(plan.width, plan.inner):
-        raise KoreError(f"--rank: expected at most d = {min(plan.width, plan.inner)}, got {plan.rank}")
-    total = 3 * (plan.rounds + 1)
-    result = _measured(lambda say: run(plan, place, say), total, place, None, threads, (json,))
-    _present(result, show_init, None, json)
+    inner = inner or (11008 if large else 160 if quick else 2752)
+    rank, rounds = rank or (235 if large else 12 if quick else 64), rounds or 3
+    narrowest = width if case == "covariance" else min(width, inner)
+    if rank > narrowest:
+        raise KoreError(f"--rank: expected at most d = {narrowest}, got {rank}")
+    measure: Callable[[Callable[[str], None]], dict[str, Any]]
+    if case == "layer":
+        plan, total = Plan(width, inner, rank, rounds), 3 * (rounds + 1)
+        measure = lambda say: run(plan, place, say)  # noqa: E731
+    elif case == "covariance":
+        alone, total = CovariancePlan(width, rank, rounds), 4 * rounds
+        measure = lambda say: run_covariance(alone, place, say)  # noqa: E731
+    else:
+        whole, total = ModelPlan(shape, 2 if quick else 6, rank, rounds), 2 * rounds
+        measure = lambda say: run_model(whole, place, say)  # noqa: E731
+    _present(_measured(measure, total, place, None, threads, (json,)), show_init, None, json)
 
 
 def _measured(
