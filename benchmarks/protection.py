@@ -33,9 +33,9 @@ VALIDATION_WORLD, FIRST_TEST_WORLD = 101, 1
 MOST_CELLS = 6
 RULE = (
     "learning rates 0.001 · 2^k and, with two-sided protection, λ = 2 · 4^j: from a starting point the neighbours of "
-    "the setting with the highest Avg on the validation world are tried, until it has all of its own measured, or as "
-    "many settings are as most_settings says. Methods of kore demo with a demo key keep the rate that kore.demo.tune "
-    "chose on the same world by this rule"
+    "the setting with the highest Avg on the validation world are tried, those of λ first, until it has all of its own "
+    "measured, or as many settings are as most_settings says. With a demo key the rate is the one that kore.demo.tune "
+    "chose for this method on the same world by the same rule"
 )
 BASELINE = "balanced"
 COLUMNS = {"K.A": "ka", "K.R": "kr", "Avg": "avg", "HARS": "hars"}

@@ -50,7 +50,7 @@ VARIANTS = {
     "raw": Variant("KORE, C added up", merge="raw", demo="kore"),
     "tokens": Variant("KORE, C / tokens", merge="tokens", demo="kore"),
     "balanced": Variant("KORE, balanced C", demo="kore"),
-    "orthonormal": Variant("KORE, balanced C, orthonormal A", config={"scale": "orthonormal"}, start=4),
+    "orthonormal": Variant("KORE, balanced C, orthonormal A", config={"scale": "orthonormal"}, start=5),
     "two-sided": Variant("KORE, balanced C, two-sided", gradients="prompts"),
     "two-sided-answers": Variant("KORE, balanced C, two-sided (G on answers)", gradients="answers"),
     "two-sided-random": Variant("random frozen A, two-sided", "random-a", gradients="prompts", start=3),
@@ -83,10 +83,11 @@ class Setting:
         return None if self.strength is None else 2.0 * 4.0**self.strength
 
     def neighbours(self) -> list[Setting]:
-        found = [replace(self, rate=self.rate + step) for step in (-1, 1)]
+        """Those of λ before those of the rate, each with the larger one first."""
+        found = []
         if self.strength is not None:
-            found += [replace(self, strength=self.strength + step) for step in (-1, 1)]
-        return found
+            found = [replace(self, strength=self.strength + step) for step in (1, -1)]
+        return found + [replace(self, rate=self.rate + step) for step in (1, -1)]
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,13 @@ def test_the_search_measures_all_neighbours_of_the_best():
     asked.clear()
     search(Setting(3, 0), measure, most=6)
     assert len(asked) == 6
+    assert asked[:3] == [Setting(3, 0), Setting(3, 1), Setting(3, -1)]
     assert search(Setting(0), lambda settings: [float(each.rate) for each in settings], most=4) == Setting(2)
 
 
 def test_settings_are_the_stated_grid():
     assert Setting(6).learning_rate == 0.064 and Setting(6).penalty is None
-    assert [each.penalty for each in Setting(0, 3).neighbours()] == [128, 128, 32, 512]
+    assert [each.penalty for each in Setting(0, 3).neighbours()] == [512, 32, 128, 128]
 
 
 def fake_cell(job: Job):
