@@ -81,10 +81,8 @@ def test_a_capture_keeps_its_groups(work, tmp_path):
     [
         (["-c", "a/cov", "--group", "ocr"], [1.0], ["ocr"]),
         (["-c", "a/cov", "--group", "ocr", "--group", "mme"], "balanced", ["ocr", "mme"]),
-        (["-c", "a/cov", "--group", "ocr", "--group", "mme", "--weights", "1,3"], [1.0, 3.0], ["ocr", "mme"]),
         (["-c", "a/cov", "--set", "adapter.weights={mme: 3, ocr: 1}"], [3.0, 1.0], ["mme", "ocr"]),
         (["-c", "a/cov", "-c", "b/cov", "--weights", "1,2.5"], [1.0, 2.5], ["a/cov", "b/cov"]),
-        (["-c", "a/cov", "-c", "b/cov"], "balanced", ["a/cov", "b/cov"]),
     ],
 )
 def test_the_adapter_is_that_of_the_mixture_and_says_so(work, tmp_path, words, weights, names):
@@ -116,9 +114,8 @@ def test_other_groups_and_weights_start_from_nothing_and_the_same_ones_are_skipp
 
     one = run("--group", "mme", "--group", "ocr")
     assert "already done" in run("--group", "mme", "--group", "ocr")[0]
-    for words in (["--group", "mme", "--group", "ocr", "--weights", "1,9"], []):
-        said, weights = run(*words)
-        assert "again, " in said and weights != one[1]
+    said, weights = run("--group", "mme", "--group", "ocr", "--weights", "1,9")
+    assert "again, " in said and weights != one[1]
 
 
 def test_a_mixture_of_mixtures_says_what_is_in_it(work):
