@@ -19,6 +19,7 @@ CONFIGS = {
     "rank": KoreConfig(rank=5),
     "energy": KoreConfig(rank="energy:0.02"),
     "random": KoreConfig(rank=5, constraint="none"),
+    "trained": KoreConfig(rank=5, train_a=True, strength=0.5),
 }
 
 

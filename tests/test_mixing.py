@@ -219,7 +219,9 @@ def test_a_run_of_one_benchmark_with_a_trained_a(work, tmp_path):
         "train": {"max_steps": 2, "batch_size": 2, "learning_rate": 1e-2, "report_to": "none"},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
-    run_pipeline(load_config(tmp_path / "run.yaml"), lambda *words: None, progress=False)
+    page = run_pipeline(load_config(tmp_path / "run.yaml"), lambda *words: None, progress=False).read_text()
+    assert "KORE, A trained, null space of mme on model" in page
+    assert "read the directions in which the covariance of mme is smallest when training, of A too, began" in page
     start, trained = info(tmp_path / "run" / "adapter-init"), info(tmp_path / "run" / "train" / "adapter")
     assert start["recipe"]["changed"]["adapter.groups"] == ["mme"] and start["recipe"]["changed"]["adapter.train_a"]
     for key in ("method", "config", "covariance", "null_spaces", "constant_halves", "rank"):

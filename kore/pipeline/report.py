@@ -9,14 +9,21 @@ from typing import Any
 
 from kore.artifacts import file_sha256, read_json
 from kore.metrics import average, hars
-from kore.pipeline.config import RunConfig
+from kore.pipeline.config import AdapterSection, RunConfig
 from kore.pipeline.stage import directory_identity, duration, read_record
 from kore.pipeline.workbench import Workbench
 
 _SAMPLES_PER_SET = 4
 _LARGEST_SPECTRUM = 4608
 _PANELS = 4
-_METHODS = {"kore": "KORE", "lora": "LoRA", "full": "Full fine-tuning", "random-a": "Random frozen A"}
+_METHODS = {
+    "kore": "KORE",
+    "lora": "LoRA",
+    "full": "Full fine-tuning",
+    "random-a": "Random frozen A",
+    "lora-null-v1": "LoRA-Null v1",
+    "lora-null-v2": "LoRA-Null v2",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def write_report(config: RunConfig, path: Path) -> dict[str, float]:
     from kore.report import Report
 
     out = config.output_dir
-    title = f"{_METHODS[config.adapter.method]} on {Path(config.model.path).name}"
+    title = f"{_method(config.adapter)} on {Path(config.model.path).name}"
     report = Report(title, f"{out} · {datetime.now(timezone.utc):%d %B %Y}")
     both: dict[str, float] = {}
     if (out / "eval" / "after" / "scores.json").is_file():
@@ -75,6 +82,17 @@ def write_report(config: RunConfig, path: Path) -> dict[str, float]:
     _run(report, config, out)
     report.write(path)
     return both
+
+
+def _method(adapter: AdapterSection) -> str:
+    words = [_METHODS[adapter.method]]
+    if adapter.train_a:
+        words.append("A trained")
+    if adapter.strength != 1:
+        words.append(f"strength {adapter.strength:g}")
+    if adapter.chosen_groups is not None:
+        words.append(f"null space of {', '.join(adapter.chosen_groups)}")
+    return ", ".join(words)
 
 
 def _headline(report: Any, before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
@@ -136,8 +154,7 @@ def _covariance(report: Any, config: RunConfig, out: Path) -> None:
     adapter = out / "train" / "adapter"
     report.section(
         "Old knowledge and the adapter",
-        "C is the covariance of a layer's inputs on the old data. The adapter reads the directions in which C is "
-        "smallest, so that what it learns leaves old inputs alone.",
+        f"C is the covariance of a layer's inputs on the old data. {_what_it_reads(config.adapter)}",
     )
     settings = read_json(adapter / "adapter_config.json")
     others = {name.removeprefix("^"): rank for name, rank in settings.get("rank_pattern", {}).items()}
@@ -146,7 +163,7 @@ def _covariance(report: Any, config: RunConfig, out: Path) -> None:
     if (out / "covariance-new").is_dir():
         leaks["new inputs"] = analysis.leak(adapter, load_covariance(out / "covariance-new"))
     leaks["random directions"] = {
-        module: ranks[module] / covariance.group(module).dim for module in leaks["old inputs"]
+        module: min(1.0, ranks[module] / covariance.group(module).dim) for module in leaks["old inputs"]
     }
     means = ", ".join(f"{name} {sum(values.values()) / len(values):.1e}" for name, values in leaks.items())
     report.figure(
@@ -161,11 +178,37 @@ def _covariance(report: Any, config: RunConfig, out: Path) -> None:
     if small:
         spectra = {module: analysis.spectrum(matrix) for module, matrix in small.items()}
         least, several = min(ranks[module] for module in small), len({ranks[module] for module in small}) > 1
+        reads = ""
+        if _reads_c(config.adapter):
+            reads = f", which the adapter reads{' in every layer; in some it reads more' if several else ''}"
         report.figure(
-            figures.spectra(spectra, least),
-            f"Eigenvalues of C. Shaded: the {least} smallest directions, which the adapter reads"
-            f"{' in every layer; in some it reads more' if several else ''}.",
+            figures.spectra(spectra, least), f"Eigenvalues of C. Shaded: the {least} smallest directions{reads}."
         )
+
+
+def _reads_c(adapter: AdapterSection) -> bool:
+    """Whether the adapter reads the smallest directions of C and no others."""
+    trained = adapter.train_a or adapter.method == "lora-null-v1"
+    return adapter.needs_covariance and not trained and adapter.strength == 1 and adapter.chosen_groups is None
+
+
+def _what_it_reads(adapter: AdapterSection) -> str:
+    if _reads_c(adapter):
+        return (
+            "The adapter reads the directions in which C is smallest, so that what it learns leaves old inputs alone."
+        )
+    if not adapter.needs_covariance:
+        return f"The method, {_method(adapter)}, does not choose directions by it."
+    groups = adapter.chosen_groups
+    C = "C" if groups is None else f"the covariance of {', '.join(groups)}"
+    if adapter.strength != 1:
+        return (
+            f"At strength {adapter.strength:g} the adapter reads directions between random ones and those in which {C} "
+            "is smallest."
+        )
+    if adapter.train_a or adapter.method == "lora-null-v1":
+        return f"The adapter read the directions in which {C} is smallest when training, of A too, began."
+    return f"The adapter reads the directions in which {C} is smallest."
 
 
 def _representatives(covariance: Any) -> list[str]:
