@@ -9,11 +9,11 @@ import torch
 
 import kore
 from kore.adapter import KoreConfig, get_kore_model, load_kore_model, save_adapter
-from kore.adapter.rank import energy_rank
 from kore.adapter.wrap import wrap_lora
 from kore.analysis import leak
 from kore.capture import capture_covariance
 from kore.errors import ConfigError
+from kore.nullspace import energy_space
 from tests.batches import KINDS, MODELS, logits, make_batch, make_batches
 
 SHARE = 0.02
@@ -74,6 +74,12 @@ def test_accelerate_takes_layers_of_different_rank(covariances):
 
 def test_energy_rank_at_its_ends():
     C = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    def energy_rank(C, share):
+        solved = energy_space(C, share)
+        assert solved.eigenvalues.shape == (solved.basis.shape[1],)
+        return solved.basis.shape[1]
+
     assert [energy_rank(C, share) for share in (0.05, 0.1, 0.11, 0.3, 0.31, 0.61, 0.999)] == [1, 1, 1, 1, 2, 3, 3]
     assert energy_rank(torch.zeros(5, 5), 0.1) == 5
     tiny = torch.diag(torch.tensor([-1e-18, 0.0, 1e-9, 1.0], dtype=torch.float64))

@@ -124,9 +124,29 @@ def test_auto_chooses_by_size_and_falls_back():
     assert null_space(graded(600, 1e3), 20).method == "randomized"
     assert null_space(graded(600, 1e3), 300).method == "eigh"
     C = from_tokens(2000, 600)  # without decay: converges slowly
-    assert null_space(C, 20, max_iterations=1).method == "eigh"
-    with pytest.warns(UserWarning, match="stopped after 1 iterations"):
-        assert null_space(C, 20, "randomized", max_iterations=1).method == "randomized"
+    assert null_space(C, 20, max_iterations=4, tolerance=1e-9).method == "eigh"
+    with pytest.warns(UserWarning, match="stopped after 5 iterations"):
+        assert null_space(C, 20, "randomized", max_iterations=5, tolerance=1e-9).method == "randomized"
+
+
+@pytest.mark.parametrize(
+    ("condition", "stored", "tried"),
+    [
+        (1e3, torch.float32, {torch.float32}),
+        (1e12, torch.float32, {torch.float32, torch.float64}),
+        (1e3, torch.float64, {torch.float64}),
+    ],
+)
+def test_the_factor_is_in_float32_where_that_rounding_allows_it(monkeypatch, condition, stored, tried):
+    from kore.nullspace import solvers
+
+    seen, cholesky = set(), solvers._cholesky
+    monkeypatch.setattr(
+        solvers, "_cholesky", lambda C, scale, shift: (seen.add(scale.dtype), cholesky(C, scale, shift))[1]
+    )
+    C = graded(300, condition).to(stored)
+    check(null_space(C, 30, "randomized"), C, 30, 1.02)
+    assert seen == tried
 
 
 def test_deterministic_and_seeded():

@@ -16,12 +16,12 @@ from kore import __version__
 from kore.adapter.config import KoreConfig
 from kore.adapter.factors import device_of, is_sharded, read_weight, thin_init
 from kore.adapter.parts import Part, Parts
-from kore.adapter.rank import energy_rank, energy_share
+from kore.adapter.rank import energy_share
 from kore.covariance import CovarianceSet
 from kore.distributed import Processes
 from kore.errors import KoreError, ModelError
 from kore.models import linear_shape, named_linears
-from kore.nullspace import geodesic, null_space
+from kore.nullspace import energy_space, geodesic, null_space
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -172,23 +172,22 @@ def _dtype(linear: Any) -> torch.dtype:
 def _basis(
     job: Job, rank: int | None, cov: CovarianceSet | None, config: KoreConfig, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    first, solver = job.members[0], config.solver
-    if rank is None:
-        assert cov is not None
-        share = energy_share(config.rank)
-        assert share is not None
-        C = cov[cov.group(first).name].to(device)
-        rank = energy_rank(C, share) if bool(torch.isfinite(C).all()) else 1
-        solver = "eigh" if solver == "auto" else solver
-        del C
+    first = job.members[0]
     if config.constraint == "none":
+        assert rank is not None
         return _random_basis(first, job.dim, rank, config.seed).to(device), {"method": "random", "rank": rank}
     assert cov is not None
-    group = cov.group(first)
+    group, share = cov.group(first), energy_share(config.rank)
+    C = cov[group.name].to(device)
     try:
-        solved = null_space(cov[group.name].to(device), rank, solver, config.seed)
+        if share is not None:
+            solved = energy_space(C, share)
+        else:
+            assert rank is not None
+            solved = null_space(C, rank, config.solver, config.seed)
     except KoreError as error:
         raise KoreError(f"{group.name}: {error}") from None
+    rank = solved.basis.shape[1]
     note = {
         "method": solved.method,
         "rank": rank,
@@ -202,7 +201,7 @@ def _basis(
         return solved.basis, note
     start = _random_basis(first, job.dim, rank, config.seed).to(device)
     basis = geodesic(start, solved.basis, config.strength)
-    energy = float((basis * (cov[group.name].to(basis) @ basis)).sum())
+    energy = float((basis * (C.to(basis) @ basis)).sum())
     return basis, {**note, "strength": config.strength, "energy_at_strength": energy}
 
 

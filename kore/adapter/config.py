@@ -32,7 +32,7 @@ class KoreConfig:
         constraint: ``"null_space"``; or ``"none"``, where a random subspace takes the place of the null space and
             all else stays the same (a random frozen A).
         solver: ``"auto"``, ``"eigh"``, ``"randomized"`` or ``"svd"``, see :func:`kore.null_space`. ``"energy:τ"``
-            computes whole spectra, and takes ``"auto"`` for ``"eigh"``.
+            always takes whole spectra, by eigh.
         seed: Of the randomized solver, and of the random subspaces.
         train_a: Train A too, from the paper's start W0' + B0 A0 with W0' = W0 − B0 A0: PEFT then sees a LoRA of rank
             2r on the untouched W0, lora_A = [A; A0] and lora_B = [B, −B0] with constant A0 and B0, which begins with

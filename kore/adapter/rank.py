@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from kore.errors import ConfigError
@@ -33,21 +32,6 @@ def energy_share(rank: int | str) -> float | None:
     except ValueError:
         return None
     return share if 0 < share < 1 else None
-
-
-def energy_rank(C: torch.Tensor, share: float) -> int:
-    """The largest r whose leak Σ(r smallest eigenvalues of C) / tr(C) is below ``share``; from 1 to d.
-
-    Args:
-        C: Symmetric positive semi-definite (d, d), any floating dtype. Its whole spectrum is computed in float64.
-        share: τ.
-    """
-    C = C.detach().to(torch.float64)
-    trace = float(C.diagonal().sum())
-    if trace <= 0:
-        return C.shape[0]
-    energy = torch.linalg.eigvalsh(C).clamp_min(0).cumsum(0)
-    return max(1, int((energy < share * trace).sum()))
 
 
 def match_lora_rank(shapes: Iterable[tuple[int, int]], lora_rank: int) -> int:

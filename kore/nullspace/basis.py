@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
 import torch
 
 from kore.errors import KoreError
-from kore.nullspace.solvers import block_columns, solve_eigh, solve_randomized, solve_svd
+from kore.nullspace.solvers import block_columns, solve_randomized, solve_svd
 
 METHODS = ("auto", "eigh", "randomized", "svd")
 
-# Rough operation counts: of eigh in units of d³, of a block of the randomized solver in units of d² times its columns,
-# and of how many blocks it takes. The orders of magnitude are those of times on a CPU.
-_EIGH_COST, _BLOCK_COST, _BLOCKS = 11.0, 12.0, 4
+# Rough operation counts: of eigh in units of d³, of the randomized solver's usual course in units of d² times the
+# columns of a block, and how many blocks it keeps. Fitted to times on a CPU.
+_EIGH_COST, _RANDOMIZED_COST, _BLOCKS = 11.0, 30.0, 2
 _EIGH_MAX_DIM = 256
+_TILE = 1024
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class NullSpace:
         null_dim: How many of the r directions carry no energy above the rounding of C: uᵀCu ≤ ε tr(C), with ε of
             the dtype in which C was given.
         method: ``"eigh"``, ``"randomized"`` or ``"svd"``, the solver that ran.
-        iterations: Blocks of the randomized solver; 0 for the others.
+        iterations: Products with the shifted inverse in the randomized solver; 0 for the others.
     """
 
     basis: torch.Tensor
@@ -50,7 +52,7 @@ def null_space(
     seed: int = 0,
     *,
     tolerance: float = 1e-2,
-    max_iterations: int = 12,
+    max_iterations: int = 14,
 ) -> NullSpace:
     """U (d, r), an orthonormal basis of the r smallest eigenvectors of C (arXiv 2510.19316).
 
@@ -68,7 +70,7 @@ def null_space(
         seed: Of the randomized solver's start.
         tolerance: The randomized solver stops when the excess of its energy, relative to the energy found and
             estimated from the residuals, is at most this.
-        max_iterations: Of the randomized solver.
+        max_iterations: Of the randomized solver, at least 4.
 
     Peak memory beside C: with eigh about four, with the randomized solver two matrices (d, d) in float64, and its
     blocks.
@@ -79,34 +81,71 @@ def null_space(
     _check(C, rank, method)
     epsilon = torch.finfo(C.dtype).eps
     C = C.detach().to(torch.float64)
-    d, trace = C.shape[0], float(C.diagonal().sum())
-    basis, ratio, iterations, used = None, 1.0, 0, method
-    if method in ("auto", "randomized") and not (method == "auto" and _eigh_is_cheaper(d, rank)):
+    if method == "randomized" or (method == "auto" and not _eigh_is_cheaper(C.shape[0], rank)):
         found = solve_randomized(C, rank, seed, tolerance, max_iterations, epsilon)
         if found.converged or method == "randomized":
-            basis, iterations, used = found.basis, found.iterations, "randomized"
-            ratio = 1.0 / (1.0 - found.excess) if found.excess < 1.0 else float("inf")
             if not found.converged:
                 warnings.warn(
-                    f"null_space: the randomized solver stopped after {iterations} iterations above its tolerance; "
-                    "use method='eigh' or more iterations",
+                    f"null_space: the randomized solver stopped after {found.iterations} iterations above its "
+                    "tolerance; use method='eigh' or more iterations",
                     stacklevel=2,
                 )
-    if basis is None:
-        used = "svd" if method == "svd" else "eigh"
-        basis, smallest = solve_svd(C, rank) if method == "svd" else solve_eigh(C, rank)
-        ratio = _ratio(float((basis * (C @ basis)).sum()), float(smallest.sum()), rank, trace)
+            ratio = 1.0 / (1.0 - found.excess) if found.excess < 1.0 else float("inf")
+            return _measured(C, found.basis, found.product, ratio, "randomized", epsilon, found.iterations)
+    if method == "svd":
+        basis, smallest = solve_svd(C, rank)
+    else:
+        method, (smallest, vectors) = "eigh", torch.linalg.eigh(C)
+        basis, smallest = vectors[:, :rank].clone(), smallest[:rank]
+    return _exact(C, basis, smallest, method, epsilon)
+
+
+def energy_space(C: torch.Tensor, share: float) -> NullSpace:
+    """The largest null space that holds less than a share of the energy: Σ(r smallest eigenvalues) < τ tr(C).
+
+    The whole spectrum is computed in float64, by eigh; negative eigenvalues, which are rounding, count as 0.
+
+    Args:
+        C: As for :func:`null_space`. The rank of C = 0 is d; at least one direction is taken.
+        share: τ.
+
+    Raises:
+        KoreError: C is not a finite symmetric matrix.
+    """
+    _check(C, 1, "eigh")
+    epsilon = torch.finfo(C.dtype).eps
+    C = C.detach().to(torch.float64)
+    eigenvalues, vectors = torch.linalg.eigh(C)
+    trace = float(C.diagonal().sum())
+    quiet = eigenvalues.clamp_min(0).cumsum(0) < share * trace
+    rank = max(1, int(quiet.sum())) if trace > 0 else C.shape[0]
+    return _exact(C, vectors[:, :rank].clone(), eigenvalues[:rank], "eigh", epsilon)
+
+
+def _exact(C: torch.Tensor, basis: torch.Tensor, smallest: torch.Tensor, method: str, epsilon: float) -> NullSpace:
     product = C @ basis
+    ratio = _ratio(float((basis * product).sum()), float(smallest.sum()), basis.shape[1], float(C.diagonal().sum()))
+    return _measured(C, basis, product, ratio, method, epsilon, 0)
+
+
+def _measured(
+    C: torch.Tensor,
+    basis: torch.Tensor,
+    product: torch.Tensor,
+    ratio: float,
+    method: str,
+    epsilon: float,
+    iterations: int,
+) -> NullSpace:
     eigenvalues = (basis * product).sum(dim=0)
     norm = float(torch.linalg.matrix_norm(C))
-    residual = float(torch.linalg.matrix_norm(product - basis * eigenvalues)) / norm if norm else 0.0
     return NullSpace(
         basis=basis,
         eigenvalues=eigenvalues,
         energy_ratio=ratio,
-        residual=residual,
-        null_dim=int((eigenvalues <= epsilon * trace).sum()),
-        method=used,
+        residual=float(torch.linalg.matrix_norm(product - basis * eigenvalues)) / norm if norm else 0.0,
+        null_dim=int((eigenvalues <= epsilon * float(C.diagonal().sum())).sum()),
+        method=method,
         iterations=iterations,
     )
 
@@ -114,7 +153,7 @@ def null_space(
 def _eigh_is_cheaper(d: int, rank: int) -> bool:
     columns = block_columns(d, rank)
     krylov = min(d, _BLOCKS * columns)
-    randomized = d**3 / 3 + _BLOCKS * _BLOCK_COST * d**2 * columns + _EIGH_COST * krylov**3
+    randomized = d**3 / 3 + _RANDOMIZED_COST * d**2 * columns + _EIGH_COST * krylov**3
     return d <= _EIGH_MAX_DIM or _EIGH_COST * d**3 <= randomized
 
 
@@ -147,8 +186,20 @@ def _check(C: torch.Tensor, rank: int, method: str) -> None:
         raise KoreError(f"C: expected a floating-point (d, d) matrix, got {C.dtype} {tuple(C.shape)}")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= C.shape[0]:
         raise KoreError(f"rank: expected an integer from 1 to d = {C.shape[0]}, got {rank!r}")
-    if not bool(torch.isfinite(C).all()):
+    least, most = (float(bound) for bound in torch.aminmax(C))
+    if not math.isfinite(least) or not math.isfinite(most):
         raise KoreError("C: holds NaN or infinity; capture the covariance again")
-    asymmetry, scale = float((C - C.mT).abs().max()), float(C.abs().max())
-    if asymmetry > 1e-4 * scale:
+    if _asymmetry(C) > 1e-4 * max(abs(least), abs(most)):
         raise KoreError("C: is not symmetric; mirror its lower triangle with kore_kernels.symmetrize_ first")
+
+
+def _asymmetry(C: torch.Tensor) -> float:
+    """max |C − Cᵀ|, a tile and its mirror image at a time."""
+    starts = range(0, C.shape[0], _TILE)
+    differences = [
+        (C[i : i + _TILE, j : j + _TILE] - C[j : j + _TILE, i : i + _TILE].mT).abs().amax()
+        for i in starts
+        for j in starts
+        if j <= i
+    ]
+    return float(torch.stack(differences).max())

@@ -9,16 +9,14 @@ from torch import Tensor
 
 # Columns beyond the rank: the first block then reaches past the directions that are wanted.
 _LEAST_EXTRA, _EXTRA_SHARE = 32, 8
+# Powers of M before the first block that is kept, and blocks before the first test.
+_POWERS, _KEPT = 2, 2
 # Random vectors that measure the excess energy.
 _PROBES = 16
 # The first shift, in units of the rounding of the equilibrated matrix, and how it grows until a factor exists.
 _SHIFT, _SHIFT_GROWTH = 0.004, 5.0
-
-
-def solve_eigh(C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U (d, r) and the r smallest eigenvalues, from the full eigendecomposition of C."""
-    eigenvalues, vectors = torch.linalg.eigh(C)
-    return vectors[:, :rank].clone(), eigenvalues[:rank].clone()
+# The least share of the largest diagonal entry of a Cholesky factor of XᵀX that the smallest may be.
+_WELL_CONDITIONED = 1e-5
 
 
 def solve_svd(C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -38,12 +36,14 @@ class Randomized:
 
     Attributes:
         basis: U (d, r), orthonormal columns.
+        product: C U (d, r).
         excess: Estimate of (tr(UᵀCU) − Σλ) / tr(UᵀCU), Σλ the smallest possible sum; 0 within the rounding of C.
         converged: Whether that is within the tolerance.
-        iterations: Blocks of the Krylov space.
+        iterations: Products with the shifted inverse.
     """
 
     basis: Tensor
+    product: Tensor
     excess: float
     converged: bool
     iterations: int
@@ -54,9 +54,10 @@ def solve_randomized(
 ) -> Randomized:
     """U (d, r) from a randomized block Krylov space of M = (C + σD)⁻¹, D the diagonal of C, by Rayleigh–Ritz.
 
-    A random block of r + p columns is taken through M, M², …, by one Cholesky factorisation; each block is made
-    orthonormal to those before it, and U are the Ritz vectors of C itself in the space of all blocks (Musco and Musco
-    2015, with M in place of C). So neither the shift nor the scaling biases the result.
+    A random block of r + p columns is taken through M, M², …, by one Cholesky factorisation. From the third power on
+    each block is made orthonormal to those before it and kept, and U are the Ritz vectors of C itself in the space
+    of all kept blocks (Musco and Musco 2015, with M in place of C). So neither the shift nor the scaling biases the
+    result. The first powers are a subspace iteration: they cost a solve each, a kept block twice that and more.
 
     The excess energy of U is that of its residuals R = CU − Uθ in the metric of M, tr(RᵀMR) to second order, of each
     Ritz vector over 1 − θ_i/θ_{r+p} for the part of M that its own eigenvalue takes away. It is estimated from 16
@@ -68,76 +69,92 @@ def solve_randomized(
         rank: r.
         seed: Of the first block and the probes.
         tolerance: Of the excess.
-        max_iterations: The most blocks.
+        max_iterations: The most products with M, at least 4.
         epsilon: Relative rounding of the entries of C, which may be that of a narrower dtype they came from.
     """
     d, columns = C.shape[0], block_columns(C.shape[0], rank)
     trace = float(C.diagonal().sum())
     if trace <= 0:
-        return Randomized(torch.eye(d, rank, dtype=C.dtype, device=C.device), 0.0, True, 0)
+        U = torch.eye(d, rank, dtype=C.dtype, device=C.device)
+        return Randomized(U, C @ U, 0.0, True, 0)
     noise = torch.finfo(C.dtype).eps * trace
     inverse = _ShiftedInverse(C, epsilon)
     generator = torch.Generator().manual_seed(seed)
     X = torch.randn(d, columns, dtype=C.dtype, generator=generator).to(C.device)
     probes = torch.randn(rank, _PROBES, dtype=C.dtype, generator=generator).to(C.device)
-    K, T = C.new_empty(d, 0), C.new_empty(0, 0)
-    U, excess, converged, iteration = X[:, :rank], float("inf"), False, 0
-    for iteration in range(1, max_iterations + 1):  # noqa: B007
-        X = _orthonormal(inverse(X)[:, : d - K.shape[1]], K)
+    for _ in range(_POWERS):
+        X = _orthonormal(inverse(X))
+    K = CK = C.new_empty(d, 0)
+    T = C.new_empty(0, 0)
+    for iteration in range(_POWERS + 1, max(max_iterations, _POWERS + _KEPT) + 1):
+        X = inverse(X)[:, : d - K.shape[1]]
+        for _ in range(2):
+            X = _orthonormal(X - K @ (K.mT @ X))
         CX = C @ X
         side = K.mT @ CX
         T = torch.cat([torch.cat([T, side], dim=1), torch.cat([side.mT, X.mT @ CX], dim=1)])
-        K = torch.cat([K, X], dim=1)
+        K, CK = torch.cat([K, X], dim=1), torch.cat([CK, CX], dim=1)
+        if iteration < _POWERS + _KEPT and K.shape[1] < d:
+            continue
         theta, rotation = torch.linalg.eigh(T)
-        U, ritz = K @ rotation[:, :rank], theta[:rank]
-        outside = theta[min(columns, theta.numel()) - 1]
-        if K.shape[1] == d or float(outside) <= 4 * noise:
-            excess = 0.0
-        else:
+        ritz, outside = theta[:rank], theta[min(columns, theta.numel()) - 1]
+        excess = 0.0
+        if K.shape[1] < d and float(outside) > 4 * noise:
             weights = probes * (1 - ritz / outside).clamp_min(0.1).rsqrt()[:, None]
-            R = C @ (U @ weights) - U @ (ritz[:, None] * weights)
+            R = CK @ (rotation[:, :rank] @ weights) - K @ (rotation[:, :rank] @ (ritz[:, None] * weights))
             excess = float((R * inverse.solve(R)).sum()) / _PROBES / max(float(ritz.abs().sum()), rank * noise)
-        converged = excess <= tolerance
-        if converged:
+        if excess <= tolerance:
             break
-    return Randomized(U, excess, converged, iteration)
+    U, product = K @ rotation[:, :rank], CK @ rotation[:, :rank]
+    return Randomized(U, product, excess, excess <= tolerance, iteration)
 
 
-def _orthonormal(X: Tensor, K: Tensor) -> Tensor:
-    """An orthonormal basis of what the columns of X add to those of the orthonormal K."""
-    for _ in range(2):
-        X = torch.linalg.qr(X - K @ (K.mT @ X)).Q
-    return X
+def _orthonormal(X: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of X: by the Cholesky factor of XᵀX where it is well conditioned, else QR.
+
+    The first is orthonormal only to the square of the condition of X, so of use for an X that is so nearly.
+    """
+    factor, info = torch.linalg.cholesky_ex(X.mT @ X)
+    diagonal = factor.diagonal()
+    if int(info) == 0 and float(diagonal.min()) > _WELL_CONDITIONED * float(diagonal.max()):
+        return torch.linalg.solve_triangular(factor.mT, X, upper=True, left=False)
+    return torch.linalg.qr(X).Q
 
 
 class _ShiftedInverse:
-    """X ↦ (C + σD)⁻¹ X through a Cholesky factor of D^-½ C D^-½ + σI, D the diagonal of C.
+    """X ↦ (C + σD)⁻¹ X through a Cholesky factor of H + σI, H = D^-½ C D^-½, D the diagonal of C.
 
-    σ starts at a share of ``epsilon`` √d, the rounding of the equilibrated matrix, and grows until a factor exists,
-    which for rounded or rank-deficient C takes a few tries.
+    σ starts at a share of ``epsilon`` √d, the rounding of H. Where C has the rounding of float32, a factor in float32
+    is tried first, as good for the purpose and half the work; it exists where no eigenvalue of H is as small as that
+    rounding. In float64 σ grows until there is a factor, which for rounded or rank-deficient C takes a few tries.
     """
 
     def __init__(self, C: Tensor, epsilon: float) -> None:
-        diagonal = C.diagonal()
-        scale = diagonal.clamp_min(epsilon * float(diagonal.mean())).rsqrt()
-        self._scale = scale[:, None]
+        scale = C.diagonal().clamp_min(epsilon * float(C.diagonal().mean())).rsqrt()
         shift = _SHIFT * epsilon * C.shape[0] ** 0.5
-        while True:
-            H = (C * self._scale).mul_(scale)
-            H.diagonal().add_(shift)
-            # H is symmetric: its transpose is itself in the layout that LAPACK overwrites.
-            info = torch.empty((), dtype=torch.int32, device=C.device)
-            torch.linalg.cholesky_ex(H.mT, out=(H.mT, info))
-            if int(info) == 0:
-                break
+        factor = None
+        if epsilon >= torch.finfo(torch.float32).eps:
+            factor = _cholesky(C, scale.float(), shift)
+        while factor is None:
+            factor = _cholesky(C, scale, shift)
             shift *= _SHIFT_GROWTH
-        self._factor = H.mT
+        self._factor, self._scale = factor, scale[:, None]
 
     def solve(self, X: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(self._factor, X * self._scale, upper=False)
-        return torch.linalg.solve_triangular(self._factor.mT, half, upper=True).mul_(self._scale)
+        half = torch.linalg.solve_triangular(self._factor, (X * self._scale).to(self._factor.dtype), upper=False)
+        return torch.linalg.solve_triangular(self._factor.mT, half, upper=True) * self._scale
 
     def __call__(self, X: Tensor) -> Tensor:
         """The same with columns of length 1, between the uses of which nothing overflows."""
         Y = self.solve(X)
         return Y.div_(torch.linalg.vector_norm(Y, dim=0))
+
+
+def _cholesky(C: Tensor, scale: Tensor, shift: float) -> Tensor | None:
+    """The lower factor of diag(scale) C diag(scale) + shift in the dtype of ``scale``; None where it has none."""
+    H = torch.empty_like(C, dtype=scale.dtype)
+    H.copy_(C).mul_(scale[:, None]).mul_(scale).diagonal().add_(shift)
+    # H is symmetric: its transpose is itself in the layout that LAPACK overwrites.
+    info = torch.empty((), dtype=torch.int32, device=C.device)
+    torch.linalg.cholesky_ex(H.mT, out=(H.mT, info))
+    return None if int(info) else H.mT
