@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +30,14 @@ def measured(way: str, dtype: str, d: int = 4096, n: int = 2048, threads: int = 
     command += ["--d", str(d), "--n", str(n), "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     return int(done.stdout)
+
+
+def peak_of(step: Callable[[], Any]) -> int:
+    """The most that a call holds on top of what the process holds before it, in bytes, by the kernel's count."""
+    before = _resident("VmRSS")
+    CLEAR.write_text("5")
+    step()
+    return max(0, _resident("VmHWM") - before)
 
 
 def _resident(field: str) -> int:
@@ -49,11 +59,7 @@ def main() -> None:
     torch.manual_seed(0)
     x, C = torch.randn(arguments.n, arguments.d).to(dtype), torch.ones(arguments.d, arguments.d)
     peers[arguments.way].prepare(torch.ones(64, 64), torch.randn(64, 64).to(dtype))()
-    step = peers[arguments.way].prepare(C, x)
-    before = _resident("VmRSS")
-    CLEAR.write_text("5")
-    step()
-    print(max(0, _resident("VmHWM") - before))
+    print(peak_of(peers[arguments.way].prepare(C, x)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -80,3 +81,11 @@ def test_a_whole_model_ends_as_it_began_and_is_not_timed_with_a_wrong_null_space
     )
     with pytest.raises(InaccurateError, match="energy ratio"):
         init_cases.run_model(plan, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_initialising_a_layer_takes_less_than_three_of_its_largest_covariance():
+    from benchmarks.init_memory import GOAL, measured
+
+    found = measured(400, 1100, 24, threads=1)
+    assert 1.5 < found["of_widest_covariance"] <= GOAL, found

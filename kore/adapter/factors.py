@@ -11,6 +11,8 @@ from torch import nn
 
 from kore.errors import ModelError
 
+_BLOCK = 1 << 22  # entries of W0 that are in float64 at a time
+
 
 def thin_init(weight: torch.Tensor, basis: torch.Tensor, scale: str = "sqrt") -> torch.Tensor:
     """A (r, d_in) float64 from the SVD of W0 U: A = √Σ Vᵀ Uᵀ (arXiv 2510.19316), or Vᵀ Uᵀ.
@@ -20,6 +22,8 @@ def thin_init(weight: torch.Tensor, basis: torch.Tensor, scale: str = "sqrt") ->
     deficiency), the paper's A has rows of zeros, whose columns of B could never learn: V is completed to r
     orthonormal directions of the null space, and these rows get the smallest non-zero √σ (1 for W0 U = 0).
 
+    In memory beside W0 and U: 32 MiB of W0 in float64, and some (d_out, r) and (d_in, r) matrices.
+
     Args:
         weight: W0 (d_out, d_in), any floating dtype and device; not changed.
         basis: U (d_in, r), orthonormal columns; A is computed on its device.
@@ -27,7 +31,11 @@ def thin_init(weight: torch.Tensor, basis: torch.Tensor, scale: str = "sqrt") ->
     """
     basis = basis.to(torch.float64)
     d_out, r = weight.shape[0], basis.shape[1]
-    thin = weight.detach().to(basis.device, torch.float64) @ basis
+    thin = basis.new_empty(d_out, r)
+    step = max(1, _BLOCK // weight.shape[1])
+    for first in range(0, d_out, step):
+        rows = weight[first : first + step].detach().to(basis.device, torch.float64)
+        torch.matmul(rows, basis, out=thin[first : first + step])
     small = torch.linalg.qr(thin, mode="r").R if d_out > r else thin  # the same Σ and V
     _, singular, vt = torch.linalg.svd(small, full_matrices=d_out < r)
     if scale == "sqrt":
