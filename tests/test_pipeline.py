@@ -183,7 +183,8 @@ def test_from_yaml_to_report(kind, tmp_path):
     report = run_pipeline(config, said, progress=False)
     assert [name for name, state, _ in said if state == "done"] == stage_names(config)
     text = report.read_text(encoding="utf-8")
-    for words in ("KORE on model", "HARS", "Sample answers", "random directions", "Whole configuration", "kind 1"):
+    shown = ("KORE on model", "HARS", "Sample answers", "random directions", "‖W0 x‖", "Whole configuration", "kind 1")
+    for words in shown:
         assert words in text
     scores = json.loads((tmp_path / "run" / "eval" / "after" / "scores.json").read_text())
     assert scores["new"]["fresh"]["overall"]["count"] == 3 and scores["kr"] is not None

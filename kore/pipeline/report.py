@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +14,7 @@ from kore.pipeline.config import AdapterSection, RunConfig
 from kore.pipeline.stage import directory_identity, duration, read_record
 from kore.pipeline.workbench import Workbench
 
+_log = logging.getLogger(__name__)
 _SAMPLES_PER_SET = 4
 _LARGEST_SPECTRUM = 4608
 _PANELS = 4
@@ -59,12 +61,15 @@ class ReportStage:
         """Nothing: what the report shows is made by the other stages."""
 
     def run(self, context: Workbench) -> str:
-        both = write_report(self.config, self.output)
+        both = write_report(self.config, self.output, context)
         return ", ".join(f"{name} {value:.2f}" for name, value in both.items()) or "written"
 
 
-def write_report(config: RunConfig, path: Path) -> dict[str, float]:
-    """Write the report of a finished run; returns Avg and HARS where there are new and old questions."""
+def write_report(config: RunConfig, path: Path, context: Workbench | None = None) -> dict[str, float]:
+    """Write the report of a finished run; returns Avg and HARS where there are new and old questions.
+
+    ``context`` lends the model that it holds, for the size of the layers' outputs.
+    """
     from kore.report import Report
 
     out = config.output_dir
@@ -78,6 +83,7 @@ def write_report(config: RunConfig, path: Path) -> dict[str, float]:
     _training(report, out)
     if (out / "covariance").is_dir():
         _covariance(report, config, out)
+        _changes(report, out, context)
     _answers(report, out)
     _run(report, config, out)
     report.write(path)
@@ -209,6 +215,20 @@ def _what_it_reads(adapter: AdapterSection) -> str:
     if adapter.train_a or adapter.method == "lora-null-v1":
         return f"The adapter read the directions in which {C} is smallest when training, of A too, began."
     return f"The adapter reads the directions in which {C} is smallest."
+
+
+def _changes(report: Any, out: Path, context: Workbench | None) -> None:
+    """What the adapter changed; a finished run does not fail because this cannot be measured."""
+    from kore.pipeline.report_layers import add_section
+
+    if not (out / "train" / "adapter" / "adapter_config.json").is_file():
+        return
+    try:
+        add_section(report, out, None if context is None else context.held())
+    except Exception as error:
+        line = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        _log.warning("the report has no changes by layer: %s", line)
+        report.section("What training changed in each layer", f"Could not be measured ({line}).")
 
 
 def _representatives(covariance: Any) -> list[str]:

@@ -89,6 +89,10 @@ class Workbench:
         """Keep a model that now equals the full model saved at ``path``."""
         self._model, self._holds = model, ("base", os.fspath(path))
 
+    def held(self) -> torch.nn.Module | None:
+        """The model in memory, as the last stage left it; None where there is none."""
+        return self._model
+
     def drop(self) -> None:
         """Free the model: its memory, or its state after something has changed it."""
         self._model, self._holds = None, ()
