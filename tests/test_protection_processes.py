@@ -1,9 +1,13 @@
-"""The two-sided penalty on weights that FSDP2 has sharded over two processes."""
+"""The two-sided penalty in two processes that share the weights (FSDP2) or the optimizer (DeepSpeed ZeRO)."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,12 @@ import torch
 import torch.distributed as dist
 
 from kore import capture_covariance, capture_output_gradients, two_sided
+from kore.artifacts import read_json
 from tests.acceleration_models import frozen_lora
 from tests.batches import MODELS, make_batch, make_batches
+from tests.tiny import save_tiny, tiny_conversations
+
+REPOSITORY = Path(__file__).parents[1]
 
 NO_CPU = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on CPUs")
 
@@ -88,3 +96,33 @@ def test_sharded_weights_take_the_steps_of_whole_ones(components, tmp_path):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 torch.testing.assert_close(B[name], parameter.detach(), rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_take_the_steps_of_plain_data_parallel(stage, tmp_path):
+    save_tiny("llama", tmp_path / "llama")
+    for name in ("data", "text"):
+        tiny_conversations(tmp_path / name, 6, text_only=True)
+    config = {"batch_size": 3, "max_steps": 4, "learning_rate": 1e-2, "optimizer": "sgd", "max_grad_norm": 1.0}
+    config |= {"logging_steps": 1, "save_steps": None, "report_to": [], "progress": False}
+    zero = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True, "gradient_clipping": 1.0}
+    zero |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    found = {}
+    for label, more in (("plain", {}), ("zero", {"deepspeed": zero})):
+        options = {"kind": "llama", "method": "random-a", "strength": 3e7, "config": {**config, **more}}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command += ["-m", "tests.training_worker", str(tmp_path), str(tmp_path / label), json.dumps(options)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+        B = torch.load(tmp_path / label / "rank0.pt", weights_only=True)
+        found[label] = read_json(tmp_path / label / "history.json"), B
+        assert read_json(tmp_path / label / "adapter" / "kore.json")["method"] == "random-a"
+    (plain, B), (history, other) = found["plain"], found["zero"]
+    assert plain[-1]["penalty"] > 1e-2
+    for wanted, entry in zip(plain, history):
+        assert entry["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert entry["penalty"] == pytest.approx(wanted["penalty"], rel=1e-3, abs=1e-9)
+    for name, value in B.items():
+        torch.testing.assert_close(other[name].float(), value, rtol=1e-3, atol=1e-6, msg=name)

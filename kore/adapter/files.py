@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,19 +54,36 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[
         peft_model.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False)
         if not (directory / _CONFIG).is_file():
             raise KoreError(f"save_adapter: expected the adapter to be named 'default', it is {adapter!r}")
-        config = read_json(directory / _CONFIG)
-        for key in ("target_modules", "modules_to_save"):
-            if isinstance(config.get(key), list):
-                config[key] = sorted(config[key])
-        atomic_write(directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        content = {
-            "schema_version": _SCHEMA_VERSION,
-            "library_version": __version__,
-            **info,
-            "extra": extra or {},
-            "sha256": {name: file_sha256(directory / name) for name in (_CONFIG, _WEIGHTS)},
-        }
-        atomic_write(directory / KORE_FILE, json.dumps(content, indent=2) + "\n")
+        describe_adapter(peft_model, directory, info, extra)
+
+
+def describe_adapter(
+    model: Any, directory: Path, info: Mapping[str, Any] | None = None, extra: dict[str, Any] | None = None
+) -> None:
+    """Write ``kore.json`` beside the files that PEFT wrote into ``directory``, after putting those in one order.
+
+    Args:
+        model: The ``PeftModel``; its ``kore_info`` is written where ``info`` is None. A model without it: nothing is.
+        directory: Holds PEFT's two files.
+        info: What to write in place of ``kore_info``.
+        extra: As in :func:`save_adapter`.
+    """
+    info = getattr(model, "kore_info", None) if info is None else info
+    if info is None:
+        return
+    config = read_json(directory / _CONFIG)
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    atomic_write(directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    content = {
+        "schema_version": _SCHEMA_VERSION,
+        "library_version": __version__,
+        **info,
+        "extra": extra or {},
+        "sha256": {name: file_sha256(directory / name) for name in (_CONFIG, _WEIGHTS)},
+    }
+    atomic_write(directory / KORE_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: bool = False) -> PeftModel:

@@ -165,10 +165,11 @@ def two_sided(
     k = 256 in bfloat16).
 
     *Components.* G is replaced by F Fᵀ + D, its k largest components and the diagonal of the rest, which is positive
-    semi-definite and keeps every diagonal entry of G; see :func:`kore.protection.factored.factored`. On the demo's model
-    (d_out 192 and 512, KORE r = 64) Q of trained adapters comes out within 5 % at k = 32 and 2 % at k = 64, its gradient
-    within 5 % and 2 % where training had no penalty, 32 % and 13 % where the whole G at λ = 128 had moved B into G's
-    quiet directions. There the diagonal asks too much rather than too little: for a random A up to twice Q at k = 64.
+    semi-definite and keeps every diagonal entry of G; see :func:`kore.protection.factored.factored`. On the demo's
+    model (d_out 192 and 512, KORE r = 64) Q of trained adapters comes out within 5 % at k = 32 and 2 % at k = 64, its
+    gradient within 5 % and 2 % where training had no penalty, 32 % and 13 % where the whole G at λ = 128 had moved B
+    into G's quiet directions. There the diagonal asks too much rather than too little: for a random A up to twice Q at
+    k = 64.
 
     Args:
         model: A PEFT model whose adapter's A is frozen.

@@ -244,6 +244,10 @@ def _save(trainer: KoreTrainer, encoder: Encoder, result: TrainResult, history: 
         trainer.save_model(str(gathered))
     if trainer.args.should_save:
         if sharded:
+            if result.adapter_dir is not None:
+                from kore.adapter.files import describe_adapter
+
+                describe_adapter(result.model, gathered)
             shutil.rmtree(target, ignore_errors=True)
             gathered.rename(target)
         elif result.adapter_dir is not None:
