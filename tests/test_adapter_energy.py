@@ -92,9 +92,11 @@ def test_wrong_shares(share):
         KoreConfig(rank=f"energy:{share}")
 
 
-def test_energy_needs_a_covariance():
+@pytest.mark.parametrize("given", [False, True])
+def test_energy_needs_a_covariance_and_its_null_space(given, covariances):
+    config = KoreConfig(rank="energy:0.1", constraint="none")
     with pytest.raises(ConfigError, match="needs a covariance"):
-        get_kore_model(MODELS["llama"](), None, KoreConfig(rank="energy:0.1", constraint="none"))
+        get_kore_model(MODELS["llama"](), covariances["llama"] if given else None, config)
 
 
 def test_a_layer_whose_name_ends_another_keeps_its_own_rank():

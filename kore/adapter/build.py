@@ -80,7 +80,7 @@ def get_kore_model(
     if cov is not None:
         check_fingerprint(cov.fingerprint, model, "the covariance")
     names = resolve_targets(model, config.targets)
-    if energy_share(config.rank) is not None and cov is not None:
+    if energy_share(config.rank) is not None and config.constraint == "null_space":
         rank = None
     else:
         rank = resolve_rank(model, names, config.rank, config.train_a)
