@@ -38,7 +38,7 @@ _PUBLIC = {
     "evaluate": "kore.evaluation",
     "KoreError": "kore.errors",
 }
-_MODULES = ("adapter", "analysis", "baselines", "data", "metrics", "models")
+_MODULES = ("adapter", "analysis", "baselines", "data", "metrics", "models", "recipes")
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
 
