@@ -308,12 +308,57 @@ def test_a_plain_lora_on_some_layers(worlds, tmp_path, form):
     assert not model.model.layers[0].mlp.up_proj.ALinear.weight.any()
 
 
+@pytest.mark.parametrize("form", ["lossless", "paper"])
+def test_layers_of_different_ranks_are_padded(worlds, tmp_path, form):
+    world = worlds()
+    patterns = {"rank_pattern": {"v_proj": 3, "layers.1.self_attn.q_proj": 6}, "alpha_pattern": {"v_proj": 9}}
+    adapter = plain_lora(world, tmp_path / "a", **patterns)
+    done = to_official(adapter, world / "base", tmp_path / "out", form=form, progress=False)
+    model = officialise(kore.load_model(world / "base", device="cpu"), rank=6)
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    assert done.rank == json.loads((tmp_path / "out" / "config.json").read_text())["lora_r"] == 6
+    assert_near(logits(model, make_batch("llama")), adapted_logits(world, adapter, "llama"), 1e-5)
+    layer = model.model.layers[0].self_attn.v_proj
+    assert layer.BLinear.weight[:3].any(dim=1).all() and layer.ALinear.weight[:, :3].any()
+    assert not layer.BLinear.weight[3:].any() and not layer.ALinear.weight[:, 3:].any()
+    layer.requires_grad_()
+    model(**make_batch("llama")).loss.backward()
+    padding = (layer.BLinear.weight.grad[3:], layer.ALinear.weight.grad[:, 3:])
+    assert not any(gradient.any() for gradient in padding) and layer.ALinear.weight.grad[:, :3].any()
+
+
+@pytest.mark.parametrize("form", ["lossless", "paper"])
+def test_an_adapter_whose_a_is_trained(worlds, tmp_path, form, caplog):
+    world = worlds()
+    base, batches = kore.load_model(world / "base", device="cpu"), [make_batch("llama", seed) for seed in range(3)]
+    cov = kore.capture_covariance(base, batches, progress=False)
+    model = kore.get_kore_model(base, cov, kore.KoreConfig(rank=5, train_a=True), progress=False)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "lora_" in name}
+    for name, parameter in model.named_parameters():
+        half = (slice(None), slice(5)) if "lora_B" in name else (slice(5),)
+        if "lora_" in name:
+            parameter.data[half] += 0.05 * torch.randn_like(parameter[half])
+    save_adapter(model, tmp_path / "a")
+    with caplog.at_level("WARNING", "kore"):
+        done = to_official(tmp_path / "a", world / "base", tmp_path / "out", form=form, progress=False)
+    assert done.rank == (5 if form == "paper" else 10)
+    assert ("would train both halves" in caplog.text) == (form == "lossless")
+    official = officialise(kore.load_model(world / "base", device="cpu"), rank=done.rank)
+    official.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    assert_near(logits(official, make_batch("llama")), adapted_logits(world, tmp_path / "a", "llama"), 1e-5)
+    if form == "paper":
+        name = "model.layers.0.self_attn.q_proj"
+        weight = load_file(world / "base" / "model.safetensors")[f"{name}.weight"].double()
+        A0, B0 = (start[f"base_model.model.{name}.lora_{x}.default.weight"].double() for x in "AB")
+        residual = official.get_submodule(name).weight_residual
+        torch.testing.assert_close(residual.double(), weight - B0[:, :5] @ A0[:5], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
-        ({"rank_pattern": {"v_proj": 3}}, "rank_pattern"),
         ({"target_modules": ["lm_head", "q_proj"]}, "adapts lm_head"),
     ],
 )

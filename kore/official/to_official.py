@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from kore.adapter.files import KORE_FILE, read_info
 from kore.artifacts import atomic_directory, atomic_write, read_json
@@ -40,14 +41,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Adapter:
-    """An adapter's tensors by the role of their layer or module."""
+    """An adapter's tensors by the role of their layer or module, and the scaling of each layer.
+
+    ``rank`` is that of the checkpoint, to which factors of a lower rank are padded with zeros; ``folded``: the second
+    half of each A and B is constant and goes into W_res.
+    """
 
     tensors: Checkpoint
     A: dict[str, str]
     B: dict[str, str]
     whole: dict[str, str]
+    scaling: dict[str, float]
     rank: int
-    scaling: float
+    folded: bool
+
+    def stored_rank(self, layer: str) -> int:
+        """Rows of A in the adapter's file."""
+        return self.tensors.tensors[self.A[layer]].shape[0]
 
 
 def to_official(
@@ -70,11 +80,19 @@ def to_official(
     - ``form="paper"``: B₀ = W0 A⁺, so that W_res = W0 − W0 P with P onto the rows of A, as ``--singular_aware`` writes
       it; everything in W0's dtype, whose rounding of W_res moves the model a little.
 
+    An adapter whose A is trained (``train_a``: rank 2r, the halves A₀ and −B₀ constant) becomes in the paper's form
+    W_res = W0 − s·B₀A₀ with A and B of rank r, which the official code trains on; in the lossless form it keeps its
+    rank 2r, all of which the official code would train.
+
+    An official checkpoint has one rank, lora_r. Where the adapter has a rank for each layer (``rank: energy:τ``), A and
+    B are padded to the largest with rows and columns of zeros: the model is the same, and so is its training, in which
+    the gradients of the padding are zero.
+
     The language model's linear layers that the adapter leaves alone get A = 0 and B = 0. Weights are read and written
     one shard at a time: in memory are one shard, 2 GiB unless said otherwise, and some copies of one layer.
 
     Args:
-        adapter: A LoRA directory of KORE or PEFT, all layers of one rank.
+        adapter: A LoRA directory of KORE or PEFT.
         base: The untouched model it belongs to, a directory.
         output: Where the checkpoint goes; one that is there is replaced.
         form: B₀, see above.
@@ -97,7 +115,7 @@ def to_official(
     settings, weights = read_settings(base), Checkpoint(base)
     if (Path(adapter) / KORE_FILE).is_file() and not is_original_llava(settings):
         check_fingerprint(read_info(adapter)["base_fingerprint"], lazy_model(base), f"the adapter {adapter}")
-    lora = _read_adapter(Path(adapter))
+    lora = _read_adapter(Path(adapter), form)
     layers = _layers(lora, weights)
     pattern = None if like is None else Checkpoint(like)
     pieces = {piece.role: piece for piece in _pieces(lora, weights, layers, pattern)}
@@ -124,17 +142,20 @@ def to_official(
     return Converted(Path(output), lora.rank, {}, bool(lora.whole))
 
 
-def _read_adapter(directory: Path) -> _Adapter:
+def _read_adapter(directory: Path, form: str) -> _Adapter:
     config = read_json(directory / "adapter_config.json")
     _check_config(directory, config)
     tensors = Checkpoint(directory, single=_WEIGHTS)
     A: dict[str, str] = {}
     B: dict[str, str] = {}
     whole: dict[str, str] = {}
+    scaling: dict[str, float] = {}
     for name in tensors.tensors:
         module = name.removeprefix(_PREFIX)
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", module):
             (A if match[2] == "A" else B)[role_of(match[1])] = name
+            if match[2] == "A":
+                scaling[role_of(match[1])] = _scaling(config, match[1], tensors.tensors[name].shape[0])
         elif "lora_" in module:
             raise ArtifactError(f"{directory}: {name} has no place in an official checkpoint, which knows A and B only")
         else:
@@ -145,17 +166,32 @@ def _read_adapter(directory: Path) -> _Adapter:
             f"{directory / _WEIGHTS}: {odd[0] + ' has only one of' if odd else 'has no'} lora_A and lora_B"
         )
     ranks = sorted({tensors.tensors[name].shape[0] for name in A.values()})
-    if len(ranks) > 1:
-        raise ArtifactError(f"{directory}: its layers have ranks {ranks}; an official checkpoint has one rank, lora_r")
-    scaling = config["lora_alpha"] / (math.sqrt(ranks[0]) if config.get("use_rslora") else ranks[0])
-    return _Adapter(tensors, A, B, whole, ranks[0], scaling)
+    halves = (directory / KORE_FILE).is_file() and bool(read_info(directory).get("constant_halves"))
+    if halves and form == "lossless":
+        _log.warning(
+            "the adapter's A is trained, and its second half is constant; the official code would train both halves of "
+            "this checkpoint. form paper puts the constant half into W_res"
+        )
+    elif len(ranks) > 1:
+        _log.info("layers of rank %d to %d are padded with zeros to one rank, lora_r", ranks[0], ranks[-1])
+    folded = halves and form == "paper"
+    return _Adapter(tensors, A, B, whole, scaling, ranks[-1] // 2 if folded else ranks[-1], folded)
+
+
+def _scaling(config: Any, module: str, rank: int) -> float:
+    """What PEFT multiplies B A of a layer by."""
+    from peft.utils.other import get_pattern_key
+
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _check_config(directory: Path, config: Any) -> None:
     """Refuse what W0 + s·B·A with one s does not describe."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or "lora_alpha" not in config:
         raise ArtifactError(f"{directory / 'adapter_config.json'}: expected the settings of a LoRA adapter")
-    for key in ("use_dora", "fan_in_fan_out", "lora_bias", "alpha_pattern", "rank_pattern", "layer_replication"):
+    for key in ("use_dora", "fan_in_fan_out", "lora_bias", "layer_replication"):
         if config.get(key):
             raise ArtifactError(f"{directory}: an adapter with {key} has no official form, which is W_res + B A")
     if config.get("bias", "none") != "none":
@@ -174,7 +210,7 @@ def _layers(lora: _Adapter, weights: Checkpoint) -> list[str]:
             )
         found = tuple(lora.tensors.tensors[names[role]].shape for names in (lora.B, lora.A))
         d_out, d_in = layers[role]
-        expected = ((d_out, lora.rank), (lora.rank, d_in))
+        expected = ((d_out, lora.stored_rank(role)), (lora.stored_rank(role), d_in))
         if found != expected:
             raise ArtifactError(f"{lora.tensors.directory}: B and A of {role} are {found}, expected {expected}")
     for role, name in lora.whole.items():
@@ -240,9 +276,16 @@ def _split(layer: str, weight: Tensor, lora: _Adapter, form: str) -> tuple[Tenso
         d_out, d_in = weight.shape
         return weight.new_zeros(lora.rank, d_in), weight.new_zeros(d_out, lora.rank), weight
     A, B = (lora.tensors[names[layer]] for names in (lora.A, lora.B))
-    scaled = B.double() * lora.scaling
-    if form == "lossless":
-        return A, scaled.to(B.dtype), weight
-    A = A.to(weight.dtype)
-    residual, initial = split(weight, A)
-    return A, (initial + scaled).to(weight.dtype), residual
+    scaled = B.double() * lora.scaling[layer]
+    if lora.folded:
+        rank = len(A) // 2
+        residual = (weight.double() + scaled[:, rank:] @ A[rank:].double()).to(weight.dtype)
+        A, B = A[:rank].to(weight.dtype), scaled[:, :rank].to(weight.dtype)
+    elif form == "lossless":
+        residual, B = weight, scaled.to(B.dtype)
+    else:
+        A = A.to(weight.dtype)
+        residual, initial = split(weight, A)
+        B = (initial + scaled).to(weight.dtype)
+    missing = lora.rank - len(A)
+    return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing)), residual
