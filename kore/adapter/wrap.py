@@ -41,8 +41,8 @@ def check_whole(model: nn.Module) -> None:
         partitioned = hasattr(parameter, "ds_id") and parameter.numel() == 0
         if partitioned and (parameter.requires_grad or ".lora_" in name):
             raise ModelError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, so its values are not here; on all processes, make the call "
-                'in deepspeed.zero.GatheredParameters([p for n, p in model.named_parameters() if ".lora_" in n])'
+                f"{name} is partitioned by DeepSpeed ZeRO-3, so its values are not here; on all processes, make the "
+                'call in deepspeed.zero.GatheredParameters([p for n, p in model.named_parameters() if ".lora_" in n])'
             )
 
 
