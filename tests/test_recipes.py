@@ -117,8 +117,9 @@ def test_official_is_the_arithmetic_of_the_public_code():
     expected = (V * S.sqrt())[:, :4].T
 
     official = recipe("official")
-    cov = capture_covariance(model, batches, normalize=official.capture["normalize"], progress=False)
-    adapted = get_kore_model(model, cov, KoreConfig(**{**official.adapter, "rank": 4}), progress=False)
+    cov = capture_covariance(model, batches, [name], official.capture["normalize"], progress=False)
+    config = KoreConfig(**{**official.adapter, "rank": 4}, targets=[name])
+    adapted = get_kore_model(model, cov, config, progress=False)
     A = adapted.get_base_model().get_submodule(name).lora_A["default"].weight
     cosines = (torch.linalg.svd(A.detach()).Vh[:4] @ torch.linalg.svd(expected).Vh[:4].T).svd().S
     torch.testing.assert_close(cosines, torch.ones(4), atol=1e-4, rtol=0)

@@ -75,7 +75,8 @@ def settle(
     if not kept and rank == 0:
         about = {**protection.settings(), "strength": strength, "loss": loss}
         atomic_write(file, json.dumps(about, indent=1) + "\n")
-    logger.info("protection: λ = %.4g, from a loss of %.4g on the new answers before training", strength, loss)
+    if rank == 0:
+        logger.info("protection: λ = %.4g, from a loss of %.4g on the new answers before training", strength, loss)
 
 
 def untouched_loss(model: nn.Module, encoder: Encoder, examples: TrainingSet, batch_size: int) -> float:
