@@ -21,10 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import kore
-from benchmarks.protection_cells import FIRST_STRENGTH, VARIANTS, Job, Setting, Variant, capture, make, merged, run
+from benchmarks.protection_cells import (
+    FIRST_STRENGTH,
+    VARIANTS,
+    Job,
+    Setting,
+    Variant,
+    capture,
+    finished,
+    make,
+    merged,
+    run,
+)
 from kore.artifacts import atomic_write
 from kore.demo.methods import FULL, LORA_RANK, QUICK, Budget, tuned_learning_rates
 from kore.environment import environment
+from kore.errors import KoreError
 from kore.metrics import hars
 
 RESULT = Path(__file__).parent / "results" / "protection.json"
@@ -61,7 +73,7 @@ class Study:
         budget: Of every cell.
         pool: Where cells run.
         most: Settings that a search may measure.
-        runner: What runs one.
+        runner: What runs one, or None for one that shall be left out, which a search cannot do.
     """
 
     def __init__(
@@ -71,7 +83,7 @@ class Study:
         budget: Budget,
         pool: Executor,
         most: int = MOST_CELLS,
-        runner: Callable[[Job], dict[str, Any]] = run,
+        runner: Callable[[Job], dict[str, Any] | None] = run,
     ) -> None:
         self.directory, self.output, self.budget, self.pool, self.runner = directory, output, budget, pool, runner
         self.most = most
@@ -158,8 +170,12 @@ class Study:
             futures.append(self.pool.submit(self.runner, job))
         cells = []
         for (world, _, setting), future in zip(wanted, futures):
-            cells.append(future.result())
-            self._note(name, split, world, setting, cells[-1])
+            cell = future.result()
+            if cell is not None:
+                cells.append(cell)
+                self._note(name, split, world, setting, cell)
+            elif split == "validation":
+                raise KoreError(f"{name}: the search is not finished; run it without --collect")
         return cells
 
     def _note(self, name: str, split: str, world: int, setting: Setting, cell: dict[str, Any]) -> None:
@@ -258,14 +274,14 @@ def show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{len(results['test_worlds'])} test worlds, mean ± standard deviation", title_justify="left")
-    for heading in ("variant", "rate", "λ", *COLUMNS, "Avg lead"):
+    table = Table(title="Mean ± standard deviation over test worlds", title_justify="left")
+    for heading in ("variant", "rate", "λ", "worlds", *COLUMNS, "Avg lead"):
         table.add_column(heading)
     for row in summary(results):
         means = [plus_minus(row[column], "spread", ".1f") for column in COLUMNS]
         shown = plus_minus(row.get("Avg lead"), "half", "+.1f")
         penalty = "–" if row["penalty"] is None else f"{row['penalty']:g}"
-        table.add_row(row["label"], f"{row['learning_rate']:g}", penalty, *means, shown)
+        table.add_row(row["label"], f"{row['learning_rate']:g}", penalty, str(row["worlds"]), *means, shown)
     Console().print(table)
 
 
@@ -277,13 +293,14 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=MOST_CELLS, help="settings that a search may measure")
     parser.add_argument("--processes", type=int, default=1, help="cells at a time, each on one thread")
     parser.add_argument("--output", type=Path, help=f"default: {RESULT}; with --quick, in the working directory")
+    parser.add_argument("--collect", action="store_true", help="run no cell: write and show those that are finished")
     parser.add_argument("--quick", action="store_true", help="few steps, one test world, no search: does it run?")
     arguments = parser.parse_args()
     output = arguments.output or (arguments.work / RESULT.name if arguments.quick else RESULT)
     pool = ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn"))
     try:
         budget, most = (replace(QUICK, steps=4), 1) if arguments.quick else (FULL, arguments.most)
-        study = Study(arguments.work, output, budget, pool, most)
+        study = Study(arguments.work, output, budget, pool, most, finished if arguments.collect else run)
         study.prepare(1 if arguments.quick else arguments.worlds)
         with ThreadPoolExecutor(len(arguments.variants)) as threads:
             started = [threads.submit(study.variant, name, VARIANTS[name]) for name in arguments.variants]

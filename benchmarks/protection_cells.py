@@ -125,19 +125,23 @@ class Job:
         }
 
 
+def finished(job: Job) -> dict[str, Any] | None:
+    """The cell where the same one is finished."""
+    done = job.directory / "cell.json"
+    cell: dict[str, Any] | None = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
+    return cell if cell is not None and cell["key"] == job.key() else None
+
+
 def run(job: Job) -> dict[str, Any]:
-    """The cell, in this process on one thread; read from ``cell.json`` where the same one is finished."""
+    """The cell, in this process on one thread, or as it was finished before."""
     import torch
 
     import kore
     from kore.demo.cell import load_start, train_and_ask
     from kore.demo.comparison import quiet_libraries
 
-    done, key = job.directory / "cell.json", job.key()
-    if done.is_file():
-        cell: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-        if cell["key"] == key:
-            return cell
+    if (known := finished(job)) is not None:
+        return known
     torch.set_num_threads(1)
     quiet_libraries()
     variant = job.variant
@@ -152,8 +156,8 @@ def run(job: Job) -> dict[str, Any]:
     cell = train_and_ask(
         model, inputs, inputs.augmented, job.setting.learning_rate, job.seed, job.budget, job.directory, protection
     )
-    cell = {"key": key, **cell}
-    atomic_write(done, json.dumps(cell, indent=1))
+    cell = {"key": job.key(), **cell}
+    atomic_write(job.directory / "cell.json", json.dumps(cell, indent=1))
     return cell
 
 

@@ -52,19 +52,18 @@ def protection_table(stored: dict[str, Any]) -> str:
     from benchmarks.protection_cells import VARIANTS
 
     lines = [
-        f"| variant | trained | rate | λ | {' | '.join(COLUMNS)} | lead in Avg |",
-        "|---|--:|--:|--:|" + "--:|" * (len(COLUMNS) + 1),
+        f"| variant | trained | rate | λ | worlds | {' | '.join(COLUMNS)} | lead in Avg |",
+        "|---|--:|--:|--:|--:|" + "--:|" * (len(COLUMNS) + 1),
     ]
     for row in summary(stored):
         means = [plus_minus(row[column], "spread", ".1f") for column in COLUMNS]
         penalty = "–" if row["penalty"] is None else f"{row['penalty']:g}"
         trained = f"{row['trained_parameters'] / 1000:.0f} k"
         lead = plus_minus(row.get("Avg lead"), "half", "+.1f")
-        lines.append(
-            f"| {row['label']} | {trained} | {row['learning_rate']:g} | {penalty} | {' | '.join(means)} | {lead} |"
-        )
+        setting = f"{trained} | {row['learning_rate']:g} | {penalty} | {row['worlds']}"
+        lines.append(f"| {row['label']} | {setting} | {' | '.join(means)} | {lead} |")
     return "\n".join(lines) + (
-        f"\n\nMean ± standard deviation over {len(stored['test_worlds'])} test worlds of `kore demo`; the lead over "
+        "\n\nMean ± standard deviation over test worlds of `kore demo`; the lead over "
         f"“{VARIANTS[BASELINE].label}” is paired by world, ± the 95 % interval of Student's t. "
         f"{_where(stored['environment'])}."
     )

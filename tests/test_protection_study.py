@@ -12,9 +12,10 @@ import torch
 
 from benchmarks import protection, readme_tables
 from benchmarks.protection import Study, interval, search, summary
-from benchmarks.protection_cells import VARIANTS, Job, Setting, Variant, merged, run
+from benchmarks.protection_cells import VARIANTS, Job, Setting, Variant, finished, merged, run
 from kore.covariance import CovarianceSet, Group
 from kore.demo.methods import QUICK, tuned_learning_rates
+from kore.errors import KoreError
 
 
 def test_the_search_measures_all_neighbours_of_the_best():
@@ -69,16 +70,26 @@ def test_a_variant_is_searched_on_the_validation_world_then_frozen(tmp_path, mon
     assert readme_tables.protection_table(results).count("\n| ") == 2
 
 
+def test_collecting_leaves_unfinished_tests_out_but_no_search(tmp_path, monkeypatch):
+    made = study(tmp_path, monkeypatch)
+    made.runner = lambda job: fake_cell(job) if job.world != 2 else None
+    made.variant("two-sided", VARIANTS["two-sided"])
+    assert [row["world"] for row in made.found["two-sided"]["test"]] == [1]
+    made.runner = lambda job: None
+    with pytest.raises(KoreError, match="not finished"):
+        made.variant("two-sided", VARIANTS["two-sided"])
+
+
 def test_a_finished_cell_is_read_and_another_setting_is_not(tmp_path, monkeypatch):
     inputs = SimpleNamespace(checkpoint=tmp_path, checkpoint_sha256="abc")
     job = Job(VARIANTS["raw"], Setting(6), inputs, 1, 0, QUICK, tmp_path, tmp_path / "cell")
     (tmp_path / "cell").mkdir()
     stored = {"key": job.key(), "avg": 1.0}
     (tmp_path / "cell" / "cell.json").write_text(json.dumps(stored))
-    assert run(job) == stored
+    assert run(job) == finished(job) == stored
     other = Variant("any", merge="tokens")
     for changed in (replace(job, setting=Setting(5)), replace(job, seed=1), replace(job, variant=other)):
-        assert changed.key() != job.key()
+        assert changed.key() != job.key() and finished(changed) is None
         with pytest.raises(Exception, match=str(tmp_path)):  # goes on, and finds no tokenizer there
             run(changed)
 
