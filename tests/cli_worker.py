@@ -36,12 +36,12 @@ def call(words: Sequence[str]) -> int:
 
 
 def run(words: Sequence[str], environment: dict[str, str], log: str) -> None:
-    """In a forked process: what it prints goes to ``log``."""
+    """In a process of its own: what it prints goes to ``log``."""
     os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file  # pytest's own are not these descriptors
+        sys.stdout = sys.stderr = file
         status = call(list(words))
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     sys.exit(status)
