@@ -47,7 +47,7 @@ def get_kore_model(
     One null space is solved for each input that layers share, and one thin SVD for each layer, input after input.
     Peak memory beside the model and the factors A: the widest covariance and what :func:`kore.null_space` needs for it,
     with the randomized solver less than 3 times that covariance in float64 (measured: 2.7 times at d_in = 2752, r = 64,
-    on a CPU); after it is freed, U and 32 MiB of W0 in float64. Sharded weights (FSDP2,
+    on a CPU); after it is freed, U and 4 MiB of W0 in float64. Sharded weights (FSDP2,
     DeepSpeed ZeRO-3) are gathered layer by layer; besides, the whole weights of the layers of one input are held in
     their own dtype.
 

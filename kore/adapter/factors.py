@@ -11,7 +11,7 @@ from torch import nn
 
 from kore.errors import ModelError
 
-_BLOCK = 1 << 22  # entries of W0 that are in float64 at a time
+_BLOCK = 1 << 19  # entries of W0 that are in float64 at a time
 
 
 def thin_init(weight: torch.Tensor, basis: torch.Tensor, scale: str = "sqrt") -> torch.Tensor:
@@ -22,7 +22,7 @@ def thin_init(weight: torch.Tensor, basis: torch.Tensor, scale: str = "sqrt") ->
     deficiency), the paper's A has rows of zeros, whose columns of B could never learn: V is completed to r
     orthonormal directions of the null space, and these rows get the smallest non-zero √σ (1 for W0 U = 0).
 
-    In memory beside W0 and U: 32 MiB of W0 in float64, and some (d_out, r) and (d_in, r) matrices.
+    In memory beside W0 and U: 4 MiB of W0 in float64, and some (d_out, r) and (d_in, r) matrices.
 
     Args:
         weight: W0 (d_out, d_in), any floating dtype and device; not changed.

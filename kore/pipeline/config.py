@@ -206,7 +206,7 @@ class ProtectionSection(Section):
     strength: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
     """λ of :func:`kore.two_sided`; null: none. At 0.5 a nat lost for each old token costs as much as a nat for each
     new answer token. "auto": λ = L0 / (2 · max_divergence), L0 being the untouched model's loss on the new answers."""
-    max_divergence: float = Field(default=0.01, gt=0)
+    max_divergence: float = Field(default=0.03, gt=0)
     """For strength auto: nats for each old token that the trained adapter may cost, by the penalty's own estimate."""
     tokens: Literal["text", "all", "answer"] = "text"
     """At which predictions on old data the loss is taken: of "text" tokens, of "all", or of "answer" tokens."""

@@ -144,7 +144,7 @@ def two_sided(
     gradients: OutputGradients,
     strength: float | str = AUTO,
     *,
-    max_divergence: float = 0.01,
+    max_divergence: float = 0.03,
     components: int | None = None,
     dtype: str = "float32",
 ) -> TwoSided:
