@@ -21,3 +21,7 @@ class ArtifactError(KoreError):
 
 class ModelError(KoreError):
     """A model cannot be loaded, or an artifact belongs to another model."""
+
+
+class Unavailable(KoreError):
+    """A service does not answer now, and may later: a time-out, an overloaded server, a broken connection."""
