@@ -183,7 +183,7 @@ def _where(environment: dict[str, Any]) -> str:
     return f"{environment['processor']}, torch {environment['torch']}, commit {str(environment['commit'])[:7]}"
 
 
-TABLES = {"demo": demo, "kernels": kernels, "lora": lora, "protection": protection}
+TABLES = {"demo": demo, "kernels": kernels, "lora": lora, "init": init, "protection": protection}
 
 
 def rewritten(text: str) -> str:
