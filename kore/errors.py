@@ -24,4 +24,9 @@ class ModelError(KoreError):
 
 
 class Unavailable(KoreError):
-    """A service does not answer now, and may later: a time-out, an overloaded server, a broken connection."""
+    """A service does not answer now, and may later: a time-out, an overloaded server, a broken connection.
+
+    ``retry_after`` is how many seconds it asks to wait, or None.
+    """
+
+    retry_after: float | None = None
