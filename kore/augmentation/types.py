@@ -156,11 +156,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Failure:
-    """Something that could not be made, and why; the rest of the item may be there."""
+    """Something that could not be made, and why; the rest of the item may be there.
+
+    ``passing`` where a service did not answer, so that another run may make it.
+    """
 
     item: str
     task: Task
     reason: str
+    passing: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,206 @@
+"""A generator without a language model: templates around an item's facts, and gaps in its sentences."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kore.augmentation.ask import NotGenerated
+from kore.augmentation.chance import stream
+from kore.augmentation.schema import Caption, Dialogue, Questions
+from kore.augmentation.texts import Texts, as_written, item_words, load_texts
+from kore.augmentation.types import KnowledgeItem, Reply, Request
+from kore.errors import KoreError
+
+ROUNDS, QUESTIONS = 10, 5
+SUMMARY_WORDS, SENTENCE_WORDS, VALUE_WORDS = 25, 40, 5
+VERSION = 1
+_ABBREVIATIONS = frozenset(
+    ["mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "gen", "col", "lt", "no", "vs", "inc", "ltd", "co", "corp"]
+    + ["e.g", "i.e", "u.s", "u.k"]
+)
+
+
+class RulesGenerator:
+    """Answers by rules: offline, deterministic, and only as good as the facts it is given.
+
+    What it makes, for each fact whose value stands in the text: a question in a fixed wording for the attribute
+    (``texts/rules.yaml``; a general one for attributes not listed there), answered by the sentence that holds the
+    value, by the value alone where that sentence was an answer before, or by the value alone in visual questions, whose
+    subject is always the item itself. The summary is the beginning of the text. An item without facts gets what its
+    sentences carry: a question for the first one, and sentences with a name or number left out.
+
+    What it does not do: understand the text. It paraphrases nothing, draws no conclusion, asks no why, and finds no
+    further subject for visual questions. It is for demos, tests and tables of facts; data by a language model are
+    richer.
+
+    Args:
+        texts: Where the wordings come from; by default the project's own.
+    """
+
+    cached = False
+
+    def __init__(self, texts: Texts | None = None) -> None:
+        self._texts = load_texts() if texts is None else texts
+
+    def identity(self) -> Mapping[str, Any]:
+        return {"generator": "rules", "version": VERSION, "texts": self._texts.identity()}
+
+    def generate(self, request: Request) -> Reply:
+        """The answer as JSON for ``request.schema``.
+
+        Raises:
+            NotGenerated: The item has neither facts nor sentences for it.
+            KoreError: The schema is none that rules can fill.
+        """
+        makers = {Dialogue: self._dialogue, Caption: self._caption, Questions: self._questions}
+        maker = makers.get(request.schema)
+        if maker is None:
+            raise KoreError(
+                f"the generator by rules cannot make a {request.schema.__name__}; choose a language model for it"
+            )
+        rng = stream(request.seed, request.item.title, request.task, request.attempt)
+        return Reply(json.dumps(maker(request.item, rng), ensure_ascii=False))
+
+    def _dialogue(self, item: KnowledgeItem, rng: Any) -> dict[str, Any]:
+        subject = item.title if item.category == "entity" else self._news_subject(item)
+        said = sentences(item.text)
+        rounds: list[dict[str, str]] = []
+        used: set[str] = set()
+        if said and len(said[0].split()) <= SENTENCE_WORDS:
+            opening = self._texts.line(rng, "rules", "opening", subject=as_written(subject, item.text))
+            rounds.append({"question": opening, "answer": said[0]})
+            used.add(said[0])
+        for attribute, value in held_facts(item):
+            question = self._question(attribute, as_written(subject, item.text), rng)
+            if _within(value, question):
+                continue
+            holder = next((each for each in said if _within(value, each)), None)
+            whole = holder is not None and holder not in used and len(holder.split()) <= SENTENCE_WORDS
+            rounds.append({"question": question, "answer": str(holder) if whole else _as_sentence(value)})
+            used.update([holder] if holder is not None else [])
+        for sentence, gap in self._gaps(item, said):
+            if sentence not in used:
+                used.add(sentence)
+                question = self._texts.line(rng, "rules", "cloze", sentence=self._with_gap(sentence, gap))
+                rounds.append({"question": question, "answer": _as_sentence(gap)})
+        if not rounds:
+            raise NotGenerated(_nothing(item, "a dialogue"))
+        return {"rounds": rounds[:ROUNDS]}
+
+    def _caption(self, item: KnowledgeItem, rng: Any) -> dict[str, Any]:
+        summary = beginning(item.text, SUMMARY_WORDS)
+        if not summary:
+            raise NotGenerated(_nothing(item, "a caption"))
+        depicted = self._texts.line(rng, "rules", f"depicted_{item.category}", **item_words(item))
+        return {"depicted": depicted, "summary": summary}
+
+    def _questions(self, item: KnowledgeItem, rng: Any) -> dict[str, Any]:
+        hypernym = item.type if item.category == "entity" else self._texts.variants("rules", "news_hypernym")
+        found: list[dict[str, str]] = []
+        for attribute, value in held_facts(item):
+            question = self._question(attribute, item.title, rng)
+            if len(value.split()) <= VALUE_WORDS and not _within(value, question):
+                found.append({"question": question, "answer": value})
+        answers = {each["answer"] for each in found}
+        for sentence, gap in self._gaps(item, sentences(item.text)):
+            if _within(item.title, sentence) and gap not in answers and not any(_within(a, sentence) for a in answers):
+                question = self._texts.line(rng, "rules", "cloze", sentence=self._with_gap(sentence, gap))
+                found.append({"question": question, "answer": gap})
+        if not found:
+            raise NotGenerated(_nothing(item, "a visual question"))
+        return {"questions": [{**each, "subject": item.title, "hypernym": hypernym} for each in found[:QUESTIONS]]}
+
+    def _question(self, attribute: str, subject: str, rng: Any) -> str:
+        name = " ".join(re.sub(r"[_-]+", " ", attribute).split()).lower()
+        variants = self._texts.variants("rules", "attributes").get(name)
+        variants = variants or self._texts.variants("rules", "generic")
+        return str(rng.choice(variants)).format_map({"subject": subject, "attribute": name})
+
+    def _news_subject(self, item: KnowledgeItem) -> str:
+        return str(self._texts.variants("rules", "news_subject")).format(title=item.title)
+
+    def _gaps(self, item: KnowledgeItem, said: list[str]) -> Iterator[tuple[str, str]]:
+        """Sentences with the last name or number in them that is no part of the title."""
+        for sentence in said:
+            if 5 <= len(sentence.split()) <= SENTENCE_WORDS:
+                named = [each for each in names(sentence) if not _within(each, item.title)]
+                named = [each for each in named if not _within(item.title, each) and sentence.count(each) == 1]
+                if named:
+                    yield sentence, named[-1]
+
+    def _with_gap(self, sentence: str, gap: str) -> str:
+        return sentence.replace(gap, self._texts.variants("rules", "gap"))
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, split at end marks that no known abbreviation, initial or number explains."""
+    found, start = [], 0
+    for match in re.finditer(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]|\n\s*\n", text):
+        before = re.search(r"(\S+)$", text[start : match.start()])
+        word = before.group(1).lstrip("(\"'“‘").lower() if before else ""
+        if match.group().startswith(".") and (word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha())):
+            continue
+        found.append(text[start : match.end()])
+        start = match.end()
+    return [" ".join(each.split()) for each in (*found, text[start:]) if each.strip()]
+
+
+def names(sentence: str) -> list[str]:
+    """Names (words with capitals, not the first of the sentence) and numbers, in order, up to five words each."""
+    found: list[tuple[int, int]] = []
+    for position, match in enumerate(re.finditer(r"\w(?:[\w'’-]*\w)?(?:[.,]\d+)*", sentence)):
+        word = match.group()
+        if not (word[0].isupper() and position > 0) and not any(letter.isdigit() for letter in word):
+            continue
+        if found and sentence[found[-1][1] : match.start()] == " ":
+            found[-1] = (found[-1][0], match.end())
+        else:
+            found.append((match.start(), match.end()))
+    texts = [re.sub(r"['’]s$", "", sentence[start:end]) for start, end in found]
+    return [text for text in texts if len(text.split()) <= VALUE_WORDS]
+
+
+def held_facts(item: KnowledgeItem) -> list[tuple[str, str]]:
+    """The facts whose value stands in the text, without two of the same value."""
+    held: dict[str, str] = {}
+    for attribute, value in item.facts.items():
+        value = " ".join(str(value).split())
+        if value and _within(value, item.text):
+            held.setdefault(value, attribute)
+    return [(attribute, value) for value, attribute in held.items()]
+
+
+def beginning(text: str, words: int) -> str:
+    """The first whole sentences that have at most so many words; part of the first where it alone has more."""
+    said = sentences(text)
+    taken: list[str] = []
+    for sentence in said:
+        if sum(len(each.split()) for each in (*taken, sentence)) > words:
+            break
+        taken.append(sentence)
+    if taken or not said:
+        return " ".join(taken)
+    first = said[0].split()[:words]
+    clause = next((i for i in range(len(first), 7, -1) if first[i - 1].endswith((",", ";", ":"))), None)
+    return " ".join(first[:clause]).rstrip(",;:–-") + ("." if clause else "…")
+
+
+def _as_sentence(value: str) -> str:
+    value = value[0].upper() + value[1:]
+    return value if value.endswith((".", "!", "?")) else f"{value}."
+
+
+def _within(part: str, text: str) -> bool:
+    words = r"\s+".join(re.escape(word) for word in part.split())
+    return re.search(rf"(?<!\w){words}(?!\w)", text, flags=re.IGNORECASE) is not None
+
+
+def _nothing(item: KnowledgeItem, what: str) -> str:
+    return (
+        f"the generator by rules found nothing for {what} of {item.title!r}: no fact whose value stands in the text "
+        f"({len(item.facts)} given) and no sentence with a name or number to ask for; give facts, or choose a "
+        "language model"
+    )
