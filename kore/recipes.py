@@ -92,8 +92,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         for recipe in (
             Recipe(
                 "default",
-                "What measured best here without a second capture: balanced groups, √Σ. Two-sided protection did better "
-                "still in benchmarks/results/protection.json and is one line, protection.strength: auto.",
+                "What measured best here without a second capture: balanced groups, √Σ. In the study of "
+                "benchmarks/results/protection.json two-sided protection did better still: protection.strength: auto.",
                 old={"max_samples": 256, "balance": None},
                 capture={"normalize": "none", "tokens": "prompt"},
                 adapter={"rank": 64, "scale": "sqrt", "modules_to_save": "auto", "solver": "auto"},
