@@ -17,10 +17,7 @@ from kore.errors import KoreError
 ROUNDS, QUESTIONS = 10, 5
 SUMMARY_WORDS, SENTENCE_WORDS, VALUE_WORDS = 25, 40, 5
 VERSION = 1
-_ABBREVIATIONS = frozenset(
-    ["mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "gen", "col", "lt", "no", "vs", "inc", "ltd", "co", "corp"]
-    + ["e.g", "i.e", "u.s", "u.k"]
-)
+_ABBREVIATIONS = re.compile(r"(?:mrs?|ms|dr|prof|st|[js]r|gen|col|lt|no|vs|inc|ltd|corp?|\w(?:\.\w)*)", re.IGNORECASE)
 
 
 class RulesGenerator:
@@ -140,8 +137,8 @@ def sentences(text: str) -> list[str]:
     found, start = [], 0
     for match in re.finditer(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]|\n\s*\n", text):
         before = re.search(r"(\S+)$", text[start : match.start()])
-        word = before.group(1).lstrip("(\"'“‘").lower() if before else ""
-        if match.group().startswith(".") and (word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha())):
+        word = before.group(1).lstrip("(\"'“‘") if before else ""
+        if match.group().startswith(".") and _ABBREVIATIONS.fullmatch(word) and not word.isdigit():
             continue
         found.append(text[start : match.end()])
         start = match.end()
