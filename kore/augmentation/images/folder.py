@@ -1,0 +1,130 @@
+"""Search in a local folder or data set: by CLIP embeddings, or by the words of names and captions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kore.artifacts import atomic_write, file_sha256
+from kore.augmentation.cache import digest
+from kore.augmentation.images.catalog import open_catalog
+from kore.augmentation.images.similarity import Clip
+from kore.augmentation.images.words import WordIndex
+from kore.augmentation.types import Candidate
+from kore.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy
+
+_SAVE_EVERY = 256
+
+
+class FolderSource:
+    """Images of a folder or data set by text.
+
+    With a CLIP model the query's embedding is compared with those of all images, so there is always a nearest one;
+    ``skipped`` then lists the images that cannot be read. Without a model file names and captions have to share a word
+    with the query. ``method`` says which of the two it is.
+
+    Args:
+        path: A folder of images, a data set of ``save_to_disk``, or parquet.
+        scratch: A folder for the index and for images taken out of a data set.
+        clip: The model, or None for words.
+
+    Raises:
+        DataError: There is no image.
+    """
+
+    def __init__(self, path: Path | str, scratch: Path | str, clip: Clip | None = None) -> None:
+        self._catalog = open_catalog(Path(path), Path(scratch) / "images")
+        self._clip, self._scratch = clip, Path(scratch)
+        self._lock = threading.Lock()
+        self._matrix: numpy.ndarray | None = None
+        self._readable: list[int] = []
+        self._content = ""
+        self._words = None if clip else WordIndex([entry.words for entry in self._catalog.entries])
+        self.method = "clip" if clip else "words"
+        self.skipped: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._catalog.entries)
+
+    def identity(self) -> Mapping[str, Any]:
+        entries = digest([vars(entry) for entry in self._catalog.entries])
+        identity = {"kind": "folder", "method": self.method, "entries": entries}
+        if self._clip is None:
+            return identity
+        self._index()
+        return {**identity, **self._clip.identity(), "content": self._content}
+
+    def search(self, query: str, count: int) -> Sequence[Candidate]:
+        """The best matches first. Raises DataError when an image has vanished."""
+        if self._words is not None:
+            return [self._catalog.candidate(number) for number in self._words.search(query, count)]
+        assert self._clip is not None
+        scores = self._index() @ self._clip.text(query)
+        order = sorted(range(len(scores)), key=lambda row: (-round(float(scores[row]), 6), row))[:count]
+        return [self._catalog.candidate(self._readable[row]) for row in order]
+
+    def _index(self) -> numpy.ndarray:
+        """The embeddings of all readable images, computed once and kept on disk by the images' content."""
+        with self._lock:
+            if self._matrix is None:
+                self._matrix = self._build()
+            return self._matrix
+
+    def _build(self) -> numpy.ndarray:
+        import numpy
+
+        assert self._clip is not None
+        weights = self._clip.identity()["weights"]
+        file = self._scratch / f"clip-{weights[:32]}.safetensors"
+        known = _load(file)
+        shas: list[str | None] = [self._sha256(number) for number in range(len(self))]
+        new = [number for number, sha256 in enumerate(shas) if sha256 is not None and sha256 not in known]
+        for start in range(0, len(new), _SAVE_EVERY):
+            for number in new[start : start + _SAVE_EVERY]:
+                self._embed(number, str(shas[number]), known)
+            _save(file, known)
+        self._readable = [number for number, sha256 in enumerate(shas) if sha256 in known]
+        if not self._readable:
+            raise DataError(f"none of {len(self)} images can be read; the first: {self.skipped[0]}")
+        self._content = digest([shas[number] for number in self._readable])
+        return numpy.stack([known[str(shas[number])] for number in self._readable])
+
+    def _sha256(self, number: int) -> str | None:
+        try:
+            path = self._catalog.candidate(number).path
+            return None if path is None else file_sha256(path)
+        except (DataError, OSError) as error:
+            self.skipped.append(f"{self._catalog.entries[number].place}: {error}")
+            return None
+
+    def _embed(self, number: int, sha256: str, known: dict[str, numpy.ndarray]) -> None:
+        assert self._clip is not None
+        path = self._catalog.candidate(number).path
+        try:
+            assert path is not None
+            known[sha256] = self._clip.images([path], [sha256])[0]
+        except DataError as error:
+            self.skipped.append(f"{self._catalog.entries[number].place}: {error}")
+
+
+def _load(file: Path) -> dict[str, numpy.ndarray]:
+    """The embeddings of an index file by image sha256; none where it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(file) if file.is_file() else {}
+    except (OSError, ValueError, SafetensorError):
+        return {}
+
+
+def _save(file: Path, known: Mapping[str, numpy.ndarray]) -> None:
+    import numpy
+    from safetensors.numpy import save
+
+    atomic_write(file, save({name: numpy.ascontiguousarray(row) for name, row in sorted(known.items())}))

@@ -1,0 +1,188 @@
+"""The only path by which KORE opens images: inside the data root, capped in bytes and pixels, as RGB."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kore.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_IMAGE_BYTES = 64 * 1024 * 1024
+MAX_IMAGE_PIXELS = 100_000_000
+
+IMAGE_HEAD = 256
+"""How many first bytes tell what an image is, or what is there in its place."""
+
+_EXIF_ORIENTATION = 0x0112
+_SWAPS_SIDES = (5, 6, 7, 8)
+
+
+def resolve_image(name: str, root: str | os.PathLike[str]) -> Path:
+    """The file that ``name`` means below ``root``, symbolic links followed.
+
+    Raises:
+        DataError: ``name`` is a URL, is not a file, or lies outside ``root`` after links are followed.
+    """
+    if "://" in name or name.startswith("data:"):
+        raise DataError(f"image {name[:80]!r} is a URL; expected a file below {root}: save it there first")
+    base = Path(root).resolve()
+    try:
+        path = (base / name).resolve()
+        outside = not path.is_relative_to(base)
+        found = not outside and path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"image {name[:80]!r} is not a usable file name ({error})") from None
+    if outside:
+        raise DataError(f"image {name!r} lies outside the image root {base}; move it inside or change image_root")
+    if not found:
+        raise DataError(f"image not found: {path}")
+    return path
+
+
+def _open(path: Path, max_bytes: int, max_pixels: int) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise DataError(f"image {path} has {size} bytes; the limit is {max_bytes}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"image {path} cannot be read ({type(error).__name__}: {error})") from None
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise DataError(f"image {path} has {image.width} x {image.height} pixels; the limit is {max_pixels} in all")
+    return image
+
+
+def image_size(
+    path: str | os.PathLike[str], max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[int, int]:
+    """(height, width) of the image as :func:`open_image` returns it, read from its header alone.
+
+    Raises:
+        DataError: The file is missing, not an image, or over a limit.
+    """
+    from PIL import Image
+
+    with _open(Path(path), max_bytes, max_pixels) as image:
+        # The method of the base class: that of PNG files decodes the whole image to look behind it.
+        swapped = Image.Image.getexif(image).get(_EXIF_ORIENTATION) in _SWAPS_SIDES
+        return (image.width, image.height) if swapped else (image.height, image.width)
+
+
+def open_image(
+    path: str | os.PathLike[str], max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
+    """Decode an image to RGB, turned upright by its EXIF orientation.
+
+    Raises:
+        DataError: The file is missing, not an image, truncated, or over a limit.
+    """
+    from PIL import ImageOps
+
+    with _open(Path(path), max_bytes, max_pixels) as image:
+        try:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise DataError(f"image {path} cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def image_kind(head: bytes) -> str | None:
+    """``"JPEG"``, ``"PNG"``, ``"WEBP"`` or ``"GIF"`` by a file's first bytes, None for anything else."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    return "GIF" if head.startswith((b"GIF87a", b"GIF89a")) else None
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """Pixels and nothing else: RGB, upright, without metadata.
+
+    Attributes:
+        pixels: The image.
+        kind: The format it came in.
+        flat: It had a palette or two colours only, as drawings have.
+    """
+
+    pixels: Image.Image
+    kind: str
+    flat: bool
+
+
+def decode_image(
+    data: bytes, name: str, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS
+) -> DecodedImage:
+    """Decode a JPEG, PNG, WebP or GIF image that nobody has looked at before.
+
+    The first picture of an animation is taken, the orientation of its EXIF applied, transparency laid on white, and
+    16-bit greys brought to 8 bits.
+
+    Args:
+        data: The whole file.
+        name: What to call it in messages.
+        max_bytes: The largest file.
+        max_pixels: The largest area, told by the header before anything is decoded.
+
+    Raises:
+        DataError: It is not such an image, truncated, corrupt, or over a limit.
+    """
+    from PIL import Image
+
+    if len(data) > max_bytes:
+        raise DataError(f"image {name} has {len(data)} bytes; the limit is {max_bytes}")
+    kind = image_kind(data[:IMAGE_HEAD])
+    if kind is None:
+        raise DataError(f"image {name}: expected JPEG, PNG, WebP or GIF")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+                if image.width * image.height > max_pixels:
+                    size = f"{image.width} x {image.height}"
+                    raise DataError(f"image {name} has {size} pixels; the limit is {max_pixels} in all")
+                image.load()
+                return DecodedImage(_plain(image), kind, image.mode in ("1", "P"))
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise DataError(f"image {name} is too large ({error})") from None
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, IndexError, struct.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """RGB pixels, upright, in a new image that carries no metadata."""
+    from PIL import Image, ImageOps
+
+    # An unreadable EXIF block says nothing about the orientation.
+    with contextlib.suppress(OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error, ZeroDivisionError):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        import numpy
+
+        image = Image.fromarray((numpy.asarray(image).clip(0, 65535) / 257).round().astype("uint8"))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, "white")
+        image.alpha_composite(layer)
+    plain = Image.new("RGB", image.size)
+    plain.paste(image.convert("RGB"))
+    return plain
