@@ -1,0 +1,88 @@
+"""A cache that is addressed by content: the same question finds the answer that it had.
+
+An entry is one JSON file, ``<kind>/<first two digits>/<sha256 of the key>.json``, with the key, the value and the
+value's sha256. Several threads and processes may use a folder at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kore.artifacts import atomic_write
+from kore.errors import KoreError
+
+_KIND = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+
+
+def canonical(value: Any) -> str:
+    """JSON that is equal for equal values: sorted keys, no spaces, ASCII. Raises TypeError for what is not JSON."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON, as hexadecimal text."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+class Cache:
+    """Values by content, in a folder that is made when the first value is stored.
+
+    Args:
+        folder: Where the entries lie.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        # Temporary files are named after the process, so the threads of one process take turns per name.
+        self._locks = [threading.Lock() for _ in range(64)]
+
+    def path(self, kind: str, key: Mapping[str, Any]) -> Path:
+        """The file of an entry, whether it is there or not."""
+        if not _KIND.fullmatch(kind):
+            raise ValueError(f"kind: expected lower-case letters, digits, - and _, got {kind!r}")
+        name = digest(dict(key))
+        return self.folder / kind / name[:2] / f"{name}.json"
+
+    def get(self, kind: str, key: Mapping[str, Any]) -> Any | None:
+        """The value stored for the key, or None where there is none or its file is corrupt."""
+        return self._read(self.path(kind, key))
+
+    def put(self, kind: str, key: Mapping[str, Any], value: Any, *, replace: bool = False) -> Any:
+        """Store a JSON value, unless the key has one already; return the one that is stored.
+
+        With ``replace`` the value takes the place of one that is there.
+
+        Raises:
+            TypeError: Key or value is not JSON.
+            KoreError: The file cannot be written; the message names it.
+        """
+        path = self.path(kind, key)
+        content = {"key": dict(key), "value": value, "sha256": digest(value)}
+        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        with self._locks[int(path.name[:2], 16) % len(self._locks)]:
+            stored = None if replace else self._read(path)
+            if stored is not None:
+                return stored
+            try:
+                atomic_write(path, text)
+            except OSError as error:
+                raise KoreError(
+                    f"{path}: the cache cannot be written ({error.strerror or type(error).__name__}); "
+                    "free some space or choose another folder"
+                ) from error
+        return json.loads(canonical(value))
+
+    @staticmethod
+    def _read(path: Path) -> Any | None:
+        try:
+            content = json.loads(path.read_bytes())
+            value, sha256 = content["value"], content["sha256"]
+            return value if digest(value) == sha256 else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None

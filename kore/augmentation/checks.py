@@ -1,0 +1,364 @@
+"""Which generated answers are not accepted, and why.
+
+The check of support is one of words: every number and every proper name of an answer must stand in the text, and so
+must at least ``SUPPORT`` of its other content words, those aside that its question has. It stops what a model adds
+of its own; it does not find a statement that is wrong although its words are there.
+
+A reason is a sentence: the model gets it with the next attempt, and the report shows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from kore.augmentation.schema import MAX_QUESTIONS, MAX_ROUNDS, Caption, Dialogue, Quadruplet, Questions, Round
+from kore.augmentation.types import KnowledgeItem
+from kore.augmentation.words import (
+    FORMS_OF_ADDRESS,
+    QUESTION_WORDS,
+    Token,
+    fold,
+    ordinal,
+    stem_match,
+    tokenize,
+    word_count,
+)
+
+SUPPORT = 0.6
+SAME_QUESTION = 0.8
+QUESTION_WORDS_AT_MOST = 40
+ANSWER_WORDS_AT_MOST = 60
+SUMMARY_WORDS_AT_MOST = 25
+DEPICTED_WORDS_AT_MOST = 15
+SHORT_ANSWER_WORDS_AT_MOST = 6
+HYPERNYM_WORDS_AT_MOST = 4
+
+_SOURCE = re.compile(
+    r"\b(?P<strong>(?:according to|mentioned in|described in|stated in|provided in|given in|reported in|listed in"
+    r"|said in|based on)\s+)?(?:the|this|that|your)\s+(?:\w+\s+)?"
+    r"(?P<noun>text|article|passage|paragraph|excerpt|snippet)\b",
+    re.IGNORECASE,
+)
+_SOURCE_PHRASE = re.compile(
+    r"\b(?:according to|(?:mentioned|described|stated|provided|given|reported|listed|said) in|based on|(?:does|did) the"
+    r"|in)\s+(?:the|this)\s+(?:above\s+|given\s+|provided\s+)?"
+    r"(?P<noun>report|story|document|description|context|source|information|author|data|facts|summary|content)\b"
+    r"(?!\s+(?:age|technolog|cent|minist|scien))",
+    re.IGNORECASE,
+)
+_NO_ANSWER = re.compile(
+    r"\b(?:(?:is|are|was|were|does|do|did|has|have)(?:\s+not|n'?t)\s+(?:\w+\s+)?"
+    r"(?:mention|specif|stat|provid|say|said|given|giv|disclos|reveal)\w*"
+    r"|not\s+(?:specified|mentioned|stated|provided|available|given)"
+    r"|(?:i\s+(?:do not|don'?t|cannot|can'?t)\s+(?:know|say|tell))|cannot be (?:determined|answered)|n/a)\b",
+    re.IGNORECASE,
+)
+_BARE_NO_ANSWER = frozenset({"unknown", "none", "n/a", "na", "not known", "unclear", "-", "unspecified"})
+_MARKS = re.compile(r"<image>|</?s>|<\|[^|>]{1,40}\|>|\[/?INST\]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", re.IGNORECASE)
+
+
+class _Evidence:
+    """The words of a text, for lookup."""
+
+    def __init__(self, text: str) -> None:
+        self.text = fold(text)
+        tokens = tokenize(text)
+        self.keys = frozenset(token.key for token in tokens)
+        self.keys |= {number for token in tokens if (number := ordinal(token.key))}
+        self._starts: dict[str, list[str]] = {}
+        for key in self.keys:
+            self._starts.setdefault(key[:4], []).append(key)
+        capitals = [token.key[0] for token in tokens if token.capital and token.content]
+        self._initials = "".join(capitals)
+
+    def has(self, token: Token) -> bool:
+        """Whether the token is there: a number as it is, an acronym also spelled out, another word in any form."""
+        if token.key in self.keys or (token.upper and len(token.key) > 2 and token.key in self._initials):
+            return True
+        if token.number:
+            return False
+        return any(stem_match(token.key, other) for other in self._starts.get(token.key[:4], ()))
+
+    def has_exactly(self, token: Token) -> bool:
+        """Whether the number or name is there letter for letter; an acronym also spelled out."""
+        return token.key in self.keys or (token.upper and len(token.key) > 2 and token.key in self._initials)
+
+    def lacks(self, text: str, question: bool = False) -> list[Token]:
+        """The names and numbers of a text that are not there.
+
+        A capital at the start of a sentence says little. Such a word is taken for a name when the next one has a
+        capital too; otherwise a form of it is enough, and in a question, whose first word asks, nothing is needed.
+        """
+        tokens = tokenize(text)
+        result = []
+        for index, token in enumerate(tokens):
+            if not token.content or not (token.number or token.capital) or token.key in FORMS_OF_ADDRESS:
+                continue
+            after = tokens[index + 1] if index + 1 < len(tokens) else None
+            followed = after is not None and after.capital and not after.initial
+            if token.number or token.upper or not token.initial or (followed and not question):
+                found = self.has_exactly(token)
+            else:
+                found = question or token.key.endswith(("ly", "ing")) or self.has(token)
+            if not found:
+                result.append(token)
+        return result
+
+
+@lru_cache(maxsize=256)
+def _evidence(text: str) -> _Evidence:
+    return _Evidence(text)
+
+
+def evidence_text(item: KnowledgeItem) -> str:
+    """All that an item says: title, type, text and facts."""
+    facts = [f"{name}: {value}" for name, value in item.facts.items()]
+    return "\n".join([item.title, item.type, item.text, *facts])
+
+
+def _content(text: str) -> list[Token]:
+    """Content words and numbers, in order."""
+    return [token for token in tokenize(text) if token.content]
+
+
+def supported(text: str, answer: str) -> float:
+    """Share of the answer's content words and numbers that stand in the text, from 0 to 1.
+
+    Case, accents, endings and ways of writing a number make no difference. An answer without content words, such as
+    "Yes", has nothing to be found and counts as 1; an empty one as 0.
+    """
+    if not answer.strip():
+        return 0.0
+    words = _content(answer)
+    if not words:
+        return 1.0
+    evidence = _evidence(text)
+    return sum(evidence.has(word) for word in words) / len(words)
+
+
+@lru_cache(maxsize=4096)
+def _question_parts(question: str) -> tuple[tuple[str, ...], frozenset[str], frozenset[str], frozenset[str]]:
+    """A question's words in order, its question words, its names and numbers, and its content words."""
+    keys = tuple(token.key for token in tokenize(question))
+    asks = frozenset(keys) & QUESTION_WORDS
+    content = _content(question)
+    fixed = frozenset(token.key for token in content if token.number or (token.capital and not token.initial))
+    return keys, asks, fixed, frozenset(token.key for token in content) - fixed
+
+
+def same_question(first: str, second: str) -> bool:
+    """Whether two questions ask the same: equal but for case and punctuation, or with the same question words, names
+    and numbers and nearly the same other words."""
+    keys, asks, fixed, content = _question_parts(first)
+    other_keys, other_asks, other_fixed, other_content = _question_parts(second)
+    if keys == other_keys:
+        return True
+    if asks != other_asks or fixed != other_fixed:
+        return False
+    together = content | other_content
+    if not together:
+        return bool(fixed)
+    return len(content & other_content) >= SAME_QUESTION * len(together)
+
+
+def _quoted(words: Iterable[str]) -> str:
+    return ", ".join(f'"{word}"' for word in dict.fromkeys(words))
+
+
+def _yes_or_no(answer: str) -> str | None:
+    tokens = tokenize(answer)
+    return tokens[0].key if tokens and tokens[0].key in ("yes", "no") else None
+
+
+def _about_source(item: KnowledgeItem, text: str) -> str | None:
+    """The words by which a question or answer points at the text it was made from, or None."""
+    own = fold(evidence_text(item))
+    for match in _SOURCE.finditer(text):
+        if match["strong"] or fold(match["noun"]) not in own:
+            return match[0]
+    for match in _SOURCE_PHRASE.finditer(text):
+        if fold(match["noun"]) not in own:
+            return match[0]
+    return None
+
+
+def _missing(tokens: Iterable[Token]) -> str:
+    """That tokens are not in the text, as the end of a sentence."""
+    words = list(dict.fromkeys(token.shown for token in tokens))
+    return f"{_quoted(words[:6])}, which {'is' if len(words) == 1 else 'are'} not in the text"
+
+
+def _question_faults(item: KnowledgeItem, question: str, most: int) -> list[str]:
+    faults = []
+    if not _content(question):
+        faults.append("the question asks nothing")
+    if (count := word_count(question)) > most:
+        faults.append(f"the question has {count} words, at most {most} are wanted")
+    if mark := _MARKS.search(question):
+        faults.append(f"the question holds the mark {mark[0]!r}")
+    if source := _about_source(item, question):
+        faults.append(f'the question says "{source}"; it is to be asked without pointing at where the answer stands')
+    if unknown := _evidence(evidence_text(item)).lacks(question, question=True):
+        faults.append(f"the question has {_missing(unknown)}")
+    return faults
+
+
+def _answer_faults(item: KnowledgeItem, question: str, answer: str, most: int, share: float) -> list[str]:
+    """What is wrong with an answer; one that is empty or no answer is judged no further."""
+    bare = fold(answer).strip(" .!")
+    if not bare:
+        return ["the answer is empty"]
+    if bare in _BARE_NO_ANSWER or _NO_ANSWER.search(answer):
+        return ["the answer says that it is not known; ask only what the text answers"]
+    faults = []
+    if (count := word_count(answer)) > most:
+        faults.append(f"the answer has {count} words, at most {most} are wanted")
+    if mark := _MARKS.search(answer):
+        faults.append(f"the answer holds the mark {mark[0]!r}")
+    if source := _about_source(item, answer):
+        faults.append(f'the answer says "{source}"; it is to be told without pointing at where it stands')
+    evidence = _evidence(evidence_text(item))
+    if unknown := evidence.lacks(answer):
+        faults.append(f"the answer has {_missing(unknown)}")
+    asked = _Evidence(question)
+    new = [word for word in _content(answer) if not asked.has(word)]
+    decision = _yes_or_no(answer)
+    if decision and not new:
+        if decision == "no":
+            faults.append('the answer is only "No", which the text cannot bear out; ask for what is the case')
+        elif supported(evidence_text(item), question) < share:
+            faults.append('the answer is "Yes" to a question whose words are not in the text')
+        return faults
+    if not new:
+        faults.append("the answer stands in the question already")
+        return faults
+    missing = [token for token in new if not evidence.has(token)]
+    others = [token for token in missing if token not in unknown]
+    if others and len(new) - len(missing) < share * len(new):
+        faults.append(
+            f"of the {len(new)} content words that the answer adds only {len(new) - len(missing)} are in the text, not "
+            f"{_quoted(token.shown for token in others[:6])}; keep to the words of the text"
+        )
+    return faults
+
+
+def _sentence(place: str, faults: Sequence[str]) -> str:
+    return f"{place}: {'; '.join(faults)}."
+
+
+def _duplicate(question: str, others: Iterable[str]) -> str | None:
+    return next((other for other in others if same_question(question, other)), None)
+
+
+def check_dialogue(
+    item: KnowledgeItem, answer: Dialogue, seen: Iterable[str] = ()
+) -> tuple[Dialogue | None, list[str]]:
+    """The rounds that are acceptable, in order, at most ``MAX_ROUNDS``, and why the others are not.
+
+    Args:
+        item: What the rounds are about.
+        answer: All rounds.
+        seen: Questions that the conversation has already.
+    """
+    asked = list(seen)
+    rounds: list[Round] = []
+    reasons: list[str] = []
+    for number, entry in enumerate(answer.rounds, 1):
+        faults = _question_faults(item, entry.question, QUESTION_WORDS_AT_MOST)
+        faults += _answer_faults(item, entry.question, entry.answer, ANSWER_WORDS_AT_MOST, SUPPORT)
+        if (other := _duplicate(entry.question, asked)) is not None:
+            faults.append(f'the question was asked already: "{other}"')
+        if faults:
+            reasons.append(_sentence(f"Round {number}", faults))
+            continue
+        asked.append(entry.question)
+        rounds.append(entry)
+    accepted = Dialogue(rounds=tuple(rounds[:MAX_ROUNDS])) if rounds else None
+    return accepted, reasons
+
+
+def check_caption(item: KnowledgeItem, answer: Caption, seen: Iterable[str] = ()) -> tuple[Caption | None, list[str]]:
+    """The caption where it is acceptable, or why it is not. ``seen`` holds summaries not to be repeated."""
+    reasons = []
+    evidence = _evidence(evidence_text(item))
+    for place, text, most in (
+        ("The summary", answer.summary, SUMMARY_WORDS_AT_MOST),
+        ("What is depicted", answer.depicted, DEPICTED_WORDS_AT_MOST),
+    ):
+        faults = []
+        if not _content(text):
+            faults.append("it is empty")
+        if (count := word_count(text)) > most:
+            faults.append(f"it has {count} words, at most {most} are wanted")
+        if mark := _MARKS.search(text):
+            faults.append(f"it holds the mark {mark[0]!r}")
+        if source := _about_source(item, text):
+            faults.append(f'it says "{source}"; tell what is the case')
+        if unknown := evidence.lacks(text):
+            faults.append(f"it has {_missing(unknown)}")
+        if faults:
+            reasons.append(_sentence(place, faults))
+    if _NO_ANSWER.search(answer.summary):
+        reasons.append("The summary says that something is not known; tell what the text says.")
+    if (share := supported(evidence_text(item), answer.summary)) < SUPPORT:
+        missing = [token.shown for token in _content(answer.summary) if not evidence.has(token)]
+        reasons.append(
+            f"The summary: only {share:.0%} of its content words are in the text, not {_quoted(missing[:6])}; "
+            "keep to the words of the text."
+        )
+    if fold(answer.summary) in {fold(other) for other in seen}:
+        reasons.append("The summary was given already.")
+    return (None, reasons) if reasons else (answer, [])
+
+
+def holds(text: str, phrase: str) -> bool:
+    """Whether the phrase stands in the text as whole words, in whatever case."""
+    pattern = rf"(?<!\w){re.escape(phrase.strip())}(?!\w)"
+    return bool(phrase.strip()) and re.search(pattern, text, re.IGNORECASE) is not None
+
+
+def _quadruplet_faults(item: KnowledgeItem, entry: Quadruplet) -> list[str]:
+    faults = _question_faults(item, entry.question, QUESTION_WORDS_AT_MOST)
+    faults += _answer_faults(item, entry.question, entry.answer, SHORT_ANSWER_WORDS_AT_MOST, 1.0)
+    if not holds(entry.question, entry.subject):
+        faults.append(f'the question does not hold the subject "{entry.subject}" word for word')
+    if supported(evidence_text(item), entry.subject) < 1.0:
+        faults.append(f'the subject "{entry.subject}" is not in the text')
+    if not _content(entry.hypernym):
+        faults.append("the hypernym is empty")
+    if (count := word_count(entry.hypernym)) > HYPERNYM_WORDS_AT_MOST:
+        faults.append(f"the hypernym has {count} words, at most {HYPERNYM_WORDS_AT_MOST} are wanted")
+    if _MARKS.search(entry.subject + entry.hypernym):
+        faults.append("subject or hypernym hold a mark of a chat format")
+    if fold(entry.hypernym).strip() == fold(entry.subject).strip():
+        faults.append("the hypernym is the subject itself; name what sort of thing it is")
+    told = _content(entry.answer)
+    kind = _Evidence(entry.hypernym)
+    if told and not _yes_or_no(entry.answer) and all(kind.has(word) for word in told):
+        faults.append(f'the hypernym "{entry.hypernym}" gives the answer away')
+    return faults
+
+
+def check_questions(
+    item: KnowledgeItem, answer: Questions, seen: Iterable[str] = ()
+) -> tuple[Questions | None, list[str]]:
+    """The quadruplets that are acceptable, at most ``MAX_QUESTIONS``, and why the others are not.
+
+    ``seen`` holds questions that were asked elsewhere and are not wanted again.
+    """
+    asked = list(seen)
+    kept: list[Quadruplet] = []
+    reasons: list[str] = []
+    for number, entry in enumerate(answer.questions, 1):
+        faults = _quadruplet_faults(item, entry)
+        if (other := _duplicate(entry.question, asked)) is not None:
+            faults.append(f'the question was asked already: "{other}"')
+        if faults:
+            reasons.append(_sentence(f"Question {number}", faults))
+            continue
+        asked.append(entry.question)
+        kept.append(entry)
+    accepted = Questions(questions=tuple(kept[:MAX_QUESTIONS])) if kept else None
+    return accepted, reasons

@@ -1,0 +1,291 @@
+"""Answers of a server with OpenAI's chat interface: OpenAI, vLLM, Ollama, ``transformers serve`` and others."""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from kore.augmentation.ask import NotGenerated
+from kore.augmentation.schema import json_schema, with_schema
+from kore.augmentation.types import Reply, Request
+from kore.errors import ConfigError, KoreError, Unavailable
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+URL_VARIABLE = "OPENAI_BASE_URL"
+OPENAI = "https://api.openai.com/v1"
+_NO_KEY = "none"
+_SHOWN = 300
+Structured = Literal["auto", "json_schema", "json_object", "prompt", "none"]
+_SIMPLER = {"json_schema": "json_object", "json_object": "prompt"}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a server is asked: what it refuses is left out from then on."""
+
+    structured: str
+    limit: str = "max_tokens"
+    temperature: bool = True
+    seed: bool = True
+
+
+def _checked_url(base_url: str | None) -> str:
+    url = base_url or os.environ.get(URL_VARIABLE) or OPENAI
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            "generator.base_url: expected the address of a server, such as http://localhost:8000/v1, "
+            f"got {_public(url)!r}"
+        )
+    if parts.username or parts.password:
+        raise ConfigError(
+            "generator.base_url: expected an address without user and password; put the key into an environment "
+            "variable and name it in generator.api_key_env"
+        )
+    return url
+
+
+def _public(url: str) -> str:
+    """The address without anything that could be a secret."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+
+
+def _key(variable: str | None, own_server: bool) -> str | None:
+    """The key, from the environment.
+
+    OpenAI's own variable is read without being named only for a server that the environment names or OpenAI's: a key
+    must not reach another server because it happened to be set.
+    """
+    name = variable or KEY_VARIABLE
+    if variable is None and own_server:
+        return None
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise ConfigError(
+            f"generator.api_key_env: the environment variable {name} is expected to hold the server's key, it is not "
+            f"set; run `export {name}=...` first"
+        )
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ConfigError(
+            f"generator.api_key_env: the environment variable {name} is expected to hold a key in one word of ASCII, "
+            "it has spaces or other characters"
+        )
+    return value
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait, or None."""
+    for name, divisor in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = float(value) / divisor
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+            except (TypeError, ValueError, OverflowError):
+                continue
+        if seconds == seconds:
+            return max(0.0, seconds)
+    return None
+
+
+class OpenAIGenerator:
+    """Asks a server through the ``openai`` client. Several threads use one at once.
+
+    The key comes from the environment and goes to the server, and nowhere else.
+
+    Args:
+        model: The server's name of the model.
+        base_url: The server; by default the variable OPENAI_BASE_URL, else OpenAI's own.
+        api_key_env: The environment variable with the key. By default OPENAI_API_KEY, and no key at all for a server
+            given by ``base_url``: local servers need none.
+        timeout: Seconds without a byte of the answer, after which it counts as failed.
+        temperature: Of sampling.
+        structured: How JSON is asked for: ``"json_schema"``, ``"json_object"``, in the ``"prompt"`` only (also
+            ``"none"``), or ``"auto"``, the first of these that the server takes.
+
+    Raises:
+        ConfigError: Address, key or the ``openai`` package are missing or wrong.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api_key_env: str | None = None,
+        *,
+        timeout: float = 120.0,
+        temperature: float = 0.7,
+        structured: Structured = "auto",
+    ) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise ConfigError(
+                "generator.kind openai: the package openai is expected; run `pip install 'kore-lmm[augment]'`"
+            ) from None
+        if structured not in ("auto", "json_schema", "json_object", "prompt", "none"):
+            raise ConfigError(
+                f"generator.structured: expected auto, json_schema, json_object or none, got {structured!r}"
+            )
+        url = _checked_url(base_url)
+        own_server = bool(base_url) and urlsplit(url).hostname != urlsplit(OPENAI).hostname
+        self._secret = _key(api_key_env, own_server)
+        self._variable = api_key_env or KEY_VARIABLE
+        self._openai = openai
+        self._url = _public(url)
+        self._model, self._temperature, self._timeout = model, temperature, timeout
+        self._structured = "prompt" if structured == "none" else structured
+        self._form = _Form("json_schema" if structured == "auto" else self._structured)
+        self._settled = structured != "auto"
+        self._lock = threading.Lock()
+        self._client = openai.OpenAI(api_key=self._secret or _NO_KEY, base_url=url, timeout=timeout, max_retries=0)
+
+    def __repr__(self) -> str:
+        return f"OpenAIGenerator(model={self._model!r}, base_url={self._url!r})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an OpenAIGenerator holds a key and is not pickled; make it anew")
+
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            "generator": "openai",
+            "model": self._model,
+            "base_url": self._url,
+            "temperature": self._temperature,
+            "structured": self._structured,
+        }
+
+    def generate(self, request: Request) -> Reply:
+        """Ask the server once; once more for each parameter that it refuses, which it is then spared.
+
+        Raises:
+            Unavailable: A time-out, a broken connection, too many requests, a fault of the server.
+            NotGenerated: The server refuses this request.
+            KoreError: The key, the model or the address is wrong.
+        """
+        with self._lock:
+            form, settled = self._form, self._settled
+        while True:
+            completion, error = self._create(request, form)
+            if error is None:
+                reply = self._reply(completion)
+                with self._lock:
+                    self._form, self._settled = form, True
+                return reply
+            simpler = self._adapted(form, error, settled)
+            if simpler is None:
+                raise self._translated(error)
+            form = simpler
+
+    def _create(self, request: Request, form: _Form) -> tuple[Any, Exception | None]:
+        """The completion, or why there is none."""
+        messages = [dict(message) for message in request.messages]
+        options: dict[str, Any] = {form.limit: request.max_tokens}
+        if form.temperature:
+            options["temperature"] = self._temperature
+        if form.seed:
+            options["seed"] = request.seed
+        if form.structured == "json_schema":
+            schema = {"name": request.schema.__name__, "strict": True, "schema": json_schema(request.schema)}
+            options["response_format"] = {"type": "json_schema", "json_schema": schema}
+        else:
+            messages = with_schema(messages, request.schema)
+            if form.structured == "json_object":
+                options["response_format"] = {"type": "json_object"}
+        create: Any = self._client.chat.completions.create
+        try:
+            return create(model=self._model, messages=messages, **options), None
+        except (self._openai.OpenAIError, ValueError) as error:
+            # Raised anew outside of this block, without the request in the chain of its causes.
+            return None, error
+
+    def _adapted(self, form: _Form, error: Exception, settled: bool) -> _Form | None:
+        """A form without what the server refuses, or None where it refuses something else."""
+        if getattr(error, "status_code", None) not in (400, 404, 415, 422, 501):
+            return None
+        about = f"{getattr(error, 'param', None) or ''} {error}".lower()
+        if "max_completion_tokens" in about and form.limit == "max_tokens":
+            return replace(form, limit="max_completion_tokens")
+        if form.temperature and re.search(r"\btemperature\b", about):
+            return replace(form, temperature=False)
+        if form.seed and re.search(r"\bseed\b", about):
+            return replace(form, seed=False)
+        simpler = _SIMPLER.get(form.structured)
+        if self._structured != "auto" or simpler is None or getattr(error, "status_code", None) == 404:
+            return None
+        named = re.search(r"response_format|json_schema|json_object|schema|structured|guided|grammar", about)
+        return replace(form, structured=simpler) if named or not settled else None
+
+    def _reply(self, completion: Any) -> Reply:
+        choices = getattr(completion, "choices", None)
+        message = getattr(choices[0], "message", None) if choices else None
+        if message is None:
+            raise Unavailable(
+                f"{self._url}: the server answers, but not with a chat completion; see that generator.base_url is the "
+                "address of its interface, which often ends in /v1"
+            )
+        usage = getattr(completion, "usage", None)
+        content = message.content
+        return Reply(
+            content if isinstance(content, str) else "",
+            prompt_tokens=int(getattr(usage, "prompt_tokens", 0) or 0),
+            completion_tokens=int(getattr(usage, "completion_tokens", 0) or 0),
+        )
+
+    def _said(self, error: Exception) -> str:
+        """What the server says, short and without the key."""
+        body = getattr(error, "body", None)
+        message = body.get("message") if isinstance(body, dict) else None
+        text = " ".join(str(message or error).split())
+        if self._secret:
+            text = text.replace(self._secret, "(key)")
+        return text[:_SHOWN] + ("..." if len(text) > _SHOWN else "")
+
+    def _translated(self, error: Exception) -> KoreError:
+        """The error as one that says what to do."""
+        openai, where = self._openai, self._url
+        if isinstance(error, openai.APITimeoutError):
+            return Unavailable(f"{where}: no answer within {self._timeout:g} s (generator.timeout)")
+        if isinstance(error, openai.APIConnectionError):
+            return Unavailable(f"{where}: the connection fails; see that the server runs there")
+        status = getattr(error, "status_code", None)
+        if isinstance(error, openai.APIResponseValidationError | ValueError) or status is None:
+            return Unavailable(f"{where}: the server's answer is no valid JSON ({type(error).__name__})")
+        said = self._said(error)
+        if status == 401:
+            if self._secret is None:
+                return KoreError(
+                    f"{where}: the server wants a key and none is sent; put it into an environment variable and name "
+                    "that in generator.api_key_env"
+                )
+            return KoreError(f"{where}: the server refuses the key in {self._variable}; set it to a valid one")
+        if status == 403:
+            return KoreError(
+                f"{where}: the server does not allow this with the key in {self._variable} ({said}); choose another "
+                "model or ask for access"
+            )
+        if status == 404:
+            return KoreError(
+                f"{where}: the server knows no model {self._model!r}, or nothing at this address ({said}); see "
+                "generator.model, and that generator.base_url ends as the server's interface does, often in /v1"
+            )
+        if status == 402 or (status == 429 and getattr(error, "code", None) in ("insufficient_quota", "billing")):
+            return KoreError(f"{where}: there is no credit left ({said}); add some and run it again to go on")
+        if status in (408, 409, 425, 429) or status >= 500:
+            response = getattr(error, "response", None)
+            what = "too many requests" if status == 429 else f"error {status}"
+            passing = Unavailable(f"{where}: {what} ({said})")
+            passing.retry_after = _retry_after(response.headers) if response is not None else None
+            return passing
+        return NotGenerated(f"{where}: the server refuses the request with status {status} ({said})", [said])
