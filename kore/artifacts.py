@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,18 +140,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ArtifactError(f"{path}: cannot be read as JSON ({error})") from None
 
 
-def write_manifest(directory: str | os.PathLike[str], kind: str, fields: Mapping[str, Any]) -> None:
+def write_manifest(
+    directory: str | os.PathLike[str], kind: str, fields: Mapping[str, Any], files: Iterable[Path] | None = None
+) -> None:
     """Write ``manifest.json``, the last file of an artifact.
 
     Args:
         directory: The artifact's directory, its other files already written.
         kind: What the artifact is, for example ``"covariance"``; checked when it is read.
         fields: JSON-serialisable content, kept as it is beside the library's own fields.
+        files: The artifact's files, all of them below ``directory``; None: whatever is there.
     """
     directory = Path(directory)
-    files = {
+    listed = {
         entry.relative_to(directory).as_posix(): {"size": entry.stat().st_size, "sha256": file_sha256(entry)}
-        for entry in sorted(directory.rglob("*"))
+        for entry in sorted(directory.rglob("*") if files is None else files)
         if entry.is_file() and entry.name != MANIFEST
     }
     manifest = {
@@ -159,7 +162,7 @@ def write_manifest(directory: str | os.PathLike[str], kind: str, fields: Mapping
         "library_version": __version__,
         "kind": kind,
         **fields,
-        "files": files,
+        "files": listed,
     }
     atomic_write(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 

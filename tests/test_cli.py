@@ -18,7 +18,7 @@ from kore.cli import console, main
 from kore.covariance import load_covariance, merge_covariance
 from tests.tiny import save_tiny, tiny_conversations
 
-COMMANDS = ["demo", "run", "capture", "init", "train", "merge", "convert", "eval", "analyze", "doctor"]
+COMMANDS = ["demo", "run", "augment", "capture", "init", "train", "merge", "convert", "eval", "analyze", "doctor"]
 
 
 @pytest.fixture(scope="module")

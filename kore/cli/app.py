@@ -9,6 +9,7 @@ import typer
 from kore import __version__
 from kore.cli import commands, stages
 from kore.cli.analyze import analyze
+from kore.cli.augment import augment
 from kore.cli.bench import bench
 from kore.cli.console import interruptible
 from kore.cli.convert import convert
@@ -46,6 +47,7 @@ def _options(
 for _function in (
     commands.demo,
     commands.run,
+    augment,
     stages.capture,
     stages.init,
     stages.train,

@@ -34,16 +34,21 @@ def read_rows(file: str | os.PathLike[str]) -> list[Row]:
     Raises:
         DataError: The file is missing, empty, of another kind, or broken beyond single rows.
     """
+    rows = list(iter_rows(file))
+    if not rows:
+        raise DataError(f"{Path(file)}: the file has no rows")
+    return rows
+
+
+def iter_rows(file: str | os.PathLike[str]) -> Iterator[Row]:
+    """As :func:`read_rows`, one row at a time; broken files also raise while rows are read. May have no rows."""
     path = Path(file)
     if not path.is_file():
         raise DataError(f"{path}: no such data file")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: expected a file named {', '.join('*' + s for s in SUFFIXES)}")
-    rows = list(_parquet(path) if suffix == ".parquet" else _text(path, suffix))
-    if not rows:
-        raise DataError(f"{path}: the file has no rows")
-    return rows
+    return _parquet(path) if suffix == ".parquet" else _text(path, suffix)
 
 
 def _text(path: Path, suffix: str) -> Iterator[Row]:

@@ -220,6 +220,8 @@ def _resolve(config: R, folder: Path, given: Sequence[Key], where: Where, check:
             raise ConfigError(f"{where(key)}: {_dotted(key)}: no such directory: {resolved}")
         _assign(values, key, resolved)
     key = ("model", "path")
+    if "model" not in values:
+        return type(config).model_validate(values)
     model = Path(values["model"]["path"])
     is_hub_id = len(model.parts) == 2 and not model.is_absolute() and model.parts[0] not in (".", "..", "~")
     resolved = absolute(key, model)
