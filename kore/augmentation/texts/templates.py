@@ -12,7 +12,9 @@ import yaml
 
 from kore.errors import ConfigError
 
-NEWS, ENTITY = ("type", "a_type", "title"), ("type", "a_type", "name")
+KIND = ("type", "a_type")
+NEWS, ENTITY = (*KIND, "title"), (*KIND, "name")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ FILES: Mapping[str, Mapping[str, Callable[[Any, str], Any]]] = {
     },
     "recognition.yaml": {"news": _lines(_ITEM_NEWS), "entity": _lines(_ITEM_ENTITY)},
     "caption.yaml": {
-        "news": _lines(_words("", NEWS)),
-        "entity": _lines(_words("", ENTITY)),
+        "news": _lines(_words("", KIND)),
+        "entity": _lines(_words("", KIND)),
         "answer": _lines(_words("depicted summary")),
     },
     "vqa.yaml": {"references": _lines(_words("hypernym")), "possessive": _lines(_words("hypernym"))},
@@ -139,7 +141,7 @@ def parse_templates(path: Path, text: str) -> dict[str, Any]:
         ConfigError: Naming file and key: a syntax error, a missing or unknown key, wrong placeholders.
     """
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _LOADER)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     keys = FILES[path.name]

@@ -1,0 +1,160 @@
+"""The generator by rules: what it makes of facts and of plain sentences, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from pydantic import BaseModel
+
+from kore.augmentation import checks
+from kore.augmentation.ask import NotGenerated
+from kore.augmentation.generators.rules import RulesGenerator, beginning, held_facts, names, sentences
+from kore.augmentation.schema import Caption, Dialogue, Questions
+from kore.augmentation.types import KnowledgeItem, Request
+from kore.errors import KoreError
+
+RULES = RulesGenerator()
+TOWER = KnowledgeItem(
+    "tower",
+    "entity",
+    "tower",
+    "Eiffel Tower",
+    "The Eiffel Tower is a lattice tower in Paris. It is named after Gustave Eiffel, whose company built it. It is 330 "
+    "metres tall and opened in 1889. Dr. Smith saw it on the Champ de Mars.",
+    facts={"location": "Paris", "height": "330 metres", "designer": "Gustave Eiffel", "paint_job": "brown", "home": ""},
+)
+NEWS = KnowledgeItem(
+    "news",
+    "news",
+    "politics",
+    "Council backs new harbour",
+    "The council of Rostock voted for a new harbour on Monday. The vote was 31 to 12.",
+    facts={"place": "Rostock"},
+)
+BARE = KnowledgeItem("bare", "news", "politics", "Harbour", NEWS.text)
+
+
+def ask(item, schema, task="dialogue", seed=0, attempt=0):
+    request = Request(task, item, (), schema, 100, attempt, seed)
+    return schema.model_validate(json.loads(RULES.generate(request).text))
+
+
+@pytest.mark.parametrize("item", [TOWER, NEWS, BARE], ids=lambda item: item.id)
+def test_everything_it_makes_passes_the_checks(item):
+    for seed in range(8):
+        for schema, check in ((Dialogue, checks.check_dialogue), (Caption, checks.check_caption)):
+            answer = ask(item, schema, seed=seed)
+            assert check(item, answer) == (answer, [])
+        if item is not BARE:
+            questions = ask(item, Questions, seed=seed)
+            assert checks.check_questions(item, questions) == (questions, [])
+
+
+def test_facts_become_rounds_and_their_sentences_answers():
+    rounds = {each.question: each.answer for each in ask(TOWER, Dialogue).rounds}
+    answers = list(rounds.values())
+    assert answers[0] == "The Eiffel Tower is a lattice tower in Paris."
+    # The sentence of the place is told already; those of height and designer are new.
+    assert answers[1:4] == ["Paris.", "It is 330 metres tall and opened in 1889.",
+                            "It is named after Gustave Eiffel, whose company built it."]  # fmt: skip
+    assert all("the Eiffel Tower" in question for question in list(rounds)[:4])
+    assert not any("paint" in question for question in rounds)
+
+
+def test_what_facts_leave_is_asked_with_a_gap():
+    gaps = {each.question: each.answer for each in ask(TOWER, Dialogue).rounds if "____" in each.question}
+    (question,) = gaps
+    assert "Dr. Smith saw it on the ____" in question or "____" in question
+    assert gaps[question].rstrip(".") in TOWER.text and gaps[question].rstrip(".") not in question
+
+
+def test_facts_that_the_text_does_not_hold_are_left_out():
+    assert dict(held_facts(TOWER)) == {"location": "Paris", "height": "330 metres", "designer": "Gustave Eiffel"}
+
+
+def test_the_wording_of_an_attribute_and_the_general_one():
+    item = KnowledgeItem(
+        "x", "entity", "tool", "Zog", "Zog lives at Bern, grade 7.", facts={"Home": "Bern", "top-grade": "7"}
+    )
+    questions = {each.answer: each.question for each in ask(item, Questions, "vqa").questions}
+    assert questions["Bern"] in ("Where does Zog live?", "What is the home of Zog?")
+    assert "top grade of Zog" in questions["7"]
+
+
+def test_visual_questions_are_about_the_item():
+    found = ask(TOWER, Questions, "vqa").questions
+    assert {each.answer for each in found[:3]} == {"Paris", "330 metres", "Gustave Eiffel"}
+    assert all(each.subject == "Eiffel Tower" and each.subject in each.question for each in found)
+    assert {each.hypernym for each in found} == {"tower"}
+    assert {each.hypernym for each in ask(NEWS, Questions, "vqa").questions} == {"event"}
+
+
+def test_a_question_that_holds_its_answer_is_not_asked():
+    item = KnowledgeItem("x", "entity", "battle", "Battle of Paris", "The Battle of Paris was in Paris.",
+                         facts={"place": "Paris"})  # fmt: skip
+    with pytest.raises(NotGenerated, match="visual question"):
+        ask(item, Questions, "vqa")
+
+
+def test_an_item_without_anything_says_why():
+    item = KnowledgeItem("x", "news", "other", "Nix", "nothing in here has a name or a number.", facts={"a": "b"})
+    with pytest.raises(NotGenerated, match=r"visual question of 'Nix'.*\(1 given\).*language model"):
+        ask(item, Questions, "vqa")
+
+
+def test_a_schema_of_another_sort_is_refused():
+    class Other(BaseModel):
+        text: str
+
+    with pytest.raises(KoreError, match=r"cannot make a Other.*language model"):
+        ask(TOWER, Other)
+
+
+def test_the_same_request_gives_the_same_answer_and_another_attempt_other_words():
+    assert ask(TOWER, Dialogue) == ask(TOWER, Dialogue)
+    assert len({str(ask(TOWER, Dialogue, attempt=attempt)) for attempt in range(6)}) > 1
+    assert RULES.cached is False and "texts" in RULES.identity()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Dr. No met Mr. J. R. Smith. He left.", ["Dr. No met Mr. J. R. Smith.", "He left."]),
+        ("It costs 3.50 euros. Really?! Yes.", ["It costs 3.50 euros.", "Really?!", "Yes."]),
+        ('He said "Stop." She ran.', ['He said "Stop."', "She ran."]),
+        ("The U.S. won in 1990. Then 5. It was", ["The U.S. won in 1990.", "Then 5.", "It was"]),
+        ("Head\n\nBody  text.", ["Head", "Body text."]),
+        ("巴黎是首都。它很大。", ["巴黎是首都。", "它很大。"]),
+        ("  ", []),
+    ],
+)
+def test_sentences(text, expected):
+    assert sentences(text) == expected
+
+
+def test_names():
+    assert names("In 1889 the French engineer Gustave Eiffel's firm built 2,500 rivets in Paris.") == [
+        "1889", "French", "Gustave Eiffel", "2,500", "Paris",
+    ]  # fmt: skip
+    assert names("Only the first is a capital.") == []
+
+
+def test_the_beginning_has_whole_sentences_where_they_fit():
+    assert beginning("One two three. Four five. Six seven eight nine.", 6) == "One two three. Four five."
+    long = "word " * 12 + "end, " + "more " * 30 + "stop."
+    assert beginning(long, 25) == ("word " * 12 + "end").strip() + "."
+    assert beginning("w " * 40, 25).endswith("…") and len(beginning("w " * 40, 25).split()) == 25
+    assert beginning("", 25) == ""
+
+
+def test_it_is_fast():
+    started = time.process_time()
+    for number in range(200):
+        name = f"Tower{number}"
+        text = TOWER.text.replace("Eiffel Tower", name)
+        item = KnowledgeItem(str(number), "entity", "tower", name, text, facts=TOWER.facts)
+        for schema in (Dialogue, Caption, Questions):
+            ask(item, schema)
+    assert time.process_time() - started < 4
