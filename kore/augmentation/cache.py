@@ -18,6 +18,8 @@ from kore.artifacts import atomic_write
 from kore.errors import KoreError
 
 _KIND = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+# Temporary files are named after the process, so its threads take turns per name, whatever cache object they use.
+_LOCKS = tuple(threading.Lock() for _ in range(64))
 
 
 def canonical(value: Any) -> str:
@@ -39,8 +41,6 @@ class Cache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        # Temporary files are named after the process, so the threads of one process take turns per name.
-        self._locks = [threading.Lock() for _ in range(64)]
 
     def path(self, kind: str, key: Mapping[str, Any]) -> Path:
         """The file of an entry, whether it is there or not."""
@@ -65,7 +65,7 @@ class Cache:
         path = self.path(kind, key)
         content = {"key": dict(key), "value": value, "sha256": digest(value)}
         text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        with self._locks[int(path.name[:2], 16) % len(self._locks)]:
+        with _LOCKS[int(path.name[:2], 16) % len(_LOCKS)]:
             stored = None if replace else self._read(path)
             if stored is not None:
                 return stored
