@@ -294,10 +294,8 @@ def test_no_minute_holds_more_than_the_limits(requests, tokens, load):
     times = [start for start, _ in starts]
     assert times == sorted(times)
     for begin, _ in starts:
-        within = [wanted for start, wanted in starts if begin <= start < begin + 60 - 1e-6]
-        assert len(within) <= requests
-        assert sum(within) <= tokens or len(within) == 1
-    assert len(load) < 2 or requests > 1 or times[1] - times[0] >= 60 - 1e-6
+        within = [min(wanted, tokens) for start, wanted in starts if begin <= start < begin + 60 - 1e-6]
+        assert len(within) <= requests and sum(within) <= tokens
 
 
 def test_the_limiter_does_not_wait_without_need():
@@ -386,7 +384,7 @@ def test_threads_and_processes_share_a_cache(tmp_path):
     def write():
         cache = Cache(tmp_path)
         for turn in range(30):
-            if not cache.put("answers", {"turn": turn}, [turn] * 200) == [turn] * 200:
+            if cache.put("answers", {"turn": turn}, [turn] * 200) != [turn] * 200:
                 failures.append(turn)
 
     def watched():
