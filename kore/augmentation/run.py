@@ -236,6 +236,7 @@ def _write(items: Knowledge, keys: Sequence[bytes], shop: Workshop, out: Path) -
         "turns": tally.turns,
         "images": tally.images,
         "failures": tally.failures,
+        "quality": None if page is None else page.relative_to(out).as_posix(),
     }
     write_manifest(out, KIND, fields, files)
     return tally, page

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from kore.augmentation.config import AugmentConfig
 from kore.recipes import RECIPES, SECTIONS, describe, with_recipe
 from kore.sizes import parse_bytes
 from kore.training import TrainConfig
@@ -61,6 +62,24 @@ class DataSection(Section):
     format: Format = "auto"
     on_bad_row: OnBadRow = "fail"
     max_samples: int | None = Field(default=None, ge=1)
+
+    @property
+    def there(self) -> bool:
+        """Whether all files are there; those that an earlier stage makes may not be yet."""
+        return all(file.is_file() for file in self.files)
+
+
+class NewSection(DataSection):
+    """What the model shall learn: ``files``, and what the ``augment`` section makes."""
+
+    files: Annotated[list[InputFile], BeforeValidator(_as_list)] = []
+
+
+class AugmentSection(AugmentConfig):
+    """Conversations made from pieces of knowledge, as by ``kore augment``."""
+
+    knowledge: Path
+    """JSONL, JSON, CSV, TSV or Parquet, or the directory of a saved dataset."""
 
 
 class OldSection(DataSection):
@@ -297,7 +316,8 @@ class RunConfig(Section):
     old: OldSection | None = None
     capture: CaptureSection = CaptureSection()
     adapter: AdapterSection = AdapterSection()
-    new: DataSection
+    augment: AugmentSection | None = None
+    new: NewSection = NewSection()
     train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
     protection: ProtectionSection = ProtectionSection()
     eval: EvalSection = EvalSection()
@@ -305,11 +325,12 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_seed(cls, values: Any) -> Any:
-        """The top-level seed is also the seed of training, unless ``train.seed`` says otherwise."""
+        """The top-level seed is also that of training and augmentation, unless their own ``seed`` says otherwise."""
         if isinstance(values, dict) and "seed" in values:
-            train = values.get("train") or {}
-            if isinstance(train, dict) and "seed" not in train:
-                values = {**values, "train": {**train, "seed": values["seed"]}}
+            for name in ("train", "augment"):
+                section = values.get(name) or {}
+                if isinstance(section, dict) and "seed" not in section and (section or name == "train"):
+                    values = {**values, name: {**section, "seed": values["seed"]}}
         return values
 
     @model_validator(mode="before")
@@ -318,6 +339,25 @@ class RunConfig(Section):
         if isinstance(values, dict) and values.get("recipe", "default") in RECIPES:
             return with_recipe(values.get("recipe", "default"), values)
         return values
+
+    @model_validator(mode="after")
+    def _new_data(self) -> RunConfig:
+        if self.augment is None and not self.new.files:
+            raise ValueError("new.files: expected the files of the new data, or an augment section that makes them")
+        if self.augment is not None and self.new.image_root is not None:
+            raise ValueError("new.image_root: the augmented data have a folder of their own; leave image_root out")
+        return self
+
+    @property
+    def augmented(self) -> Path:
+        """The conversations that the ``augment`` section makes."""
+        return self.output_dir / "augment" / "llava.json"
+
+    @property
+    def new_data(self) -> DataSection:
+        """The new data: what the ``augment`` section makes, and the files of ``new``."""
+        made = [] if self.augment is None else [self.augmented]
+        return self.new.model_copy(update={"files": [*made, *self.new.files]})
 
     @model_validator(mode="after")
     def _old_data_for_protection(self) -> RunConfig:

@@ -17,6 +17,9 @@ from kore.pipeline.config import ExistingDirectory, ExistingFile, RunConfig
 Key = tuple[str | int, ...]
 Where = Callable[[Key], str]
 R = TypeVar("R", bound=BaseModel)
+_OF_MODELS: tuple[Key, ...] = (("generator", "model"), ("images", "clip"))
+_MODELS = (*_OF_MODELS, *(("augment", *key) for key in _OF_MODELS))
+"""Keys of models beside ``model.path``: a directory, a hub id, or a name that a server knows."""
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, check_paths: bool = True) -> RunConfig:
@@ -219,9 +222,13 @@ def _resolve(config: R, folder: Path, given: Sequence[Key], where: Where, check:
         if check and ExistingDirectory in marks and not resolved.is_dir():
             raise ConfigError(f"{where(key)}: {_dotted(key)}: no such directory: {resolved}")
         _assign(values, key, resolved)
-    key = ("model", "path")
+    for key in _MODELS:
+        name = _value(values, key)
+        if isinstance(name, str) and absolute(key, Path(name)).is_dir():
+            _assign(values, key, str(absolute(key, Path(name))))
     if "model" not in values:
         return type(config).model_validate(values)
+    key = ("model", "path")
     model = Path(values["model"]["path"])
     is_hub_id = len(model.parts) == 2 and not model.is_absolute() and model.parts[0] not in (".", "..", "~")
     resolved = absolute(key, model)
@@ -230,6 +237,12 @@ def _resolve(config: R, folder: Path, given: Sequence[Key], where: Where, check:
             raise ConfigError(f"{where(key)}: model.path: no such model directory: {resolved}")
         _assign(values, key, str(resolved))
     return type(config).model_validate(values)
+
+
+def _value(values: Any, key: Key) -> Any:
+    for part in key:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _assign(values: Any, key: Key, value: Any) -> None:

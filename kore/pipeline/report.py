@@ -10,6 +10,7 @@ from typing import Any
 
 from kore.artifacts import file_sha256, read_json
 from kore.metrics import average, hars
+from kore.pipeline import report_augment
 from kore.pipeline.config import AdapterSection, RunConfig
 from kore.pipeline.stage import directory_identity, duration, read_record
 from kore.pipeline.workbench import Workbench
@@ -46,7 +47,7 @@ class ReportStage:
         files |= {
             f"answers {path.parent.relative_to(out)}": path for path in sorted(out.glob("eval/*/*/*/answers.jsonl"))
         }
-        directories = {name: out / name for name in ("covariance", "covariance-new")}
+        directories = {name: out / name for name in ("covariance", "covariance-new", "augment")}
         directories["adapter"] = out / "train" / "adapter"
         return {
             "config": file_sha256(out / "config.yaml"),
@@ -80,6 +81,8 @@ def write_report(config: RunConfig, path: Path, context: Workbench | None = None
         before, after = (read_json(out / "eval" / when / "scores.json") for when in ("before", "after"))
         both = _headline(report, before, after)
         _scores(report, before, after)
+    if config.augment is not None:
+        report_augment.add_section(report, out / "augment")
     _training(report, out)
     if (out / "covariance").is_dir():
         _covariance(report, config, out)
@@ -269,6 +272,7 @@ def _run(report: Any, config: RunConfig, out: Path) -> None:
 
     report.section("Run")
     records = {
+        "augmentation": out / "augment",
         "capture": out / "covariance",
         "capture of gradients": out / "gradients",
         "evaluation before": out / "eval" / "before",
@@ -297,7 +301,7 @@ def _run(report: Any, config: RunConfig, out: Path) -> None:
             "recipe": config.recipe_line(),
             "rank": adapter.rank if adapter.method != "full" else None,
             "old data": ", ".join(str(file) for file in config.old.files) if config.old else None,
-            "new data": ", ".join(str(file) for file in config.new.files),
+            "new data": ", ".join(str(file) for file in config.new_data.files),
             "learning rate": config.train.learning_rate,
             "epochs": config.train.epochs if config.train.max_steps is None else f"{config.train.max_steps} steps",
             "seed": config.seed,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kore.artifacts import atomic_write
+from kore.pipeline.augment import AugmentStage
 from kore.pipeline.config import OldSection, RunConfig
 from kore.pipeline.loading import dump_config
 from kore.pipeline.report import ReportStage
@@ -23,12 +24,16 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
     out, model, seed = config.output_dir, config.model, config.seed
     method, protect = config.adapter.method, config.protection.strength is not None
     stages: list[Stage[Workbench]] = []
+    if config.augment is not None:
+        stages.append(AugmentStage(config.augmented.parent, config.augment, out / "augment-cache"))
     covariance = gradients = init = None
     if config.old is not None and (protect or config.adapter.needs_covariance):
         covariance = out / "covariance"
         stages.append(CaptureStage(covariance, model, config.old, config.capture, seed))
         if config.capture.new_samples:
-            sample = OldSection(**{**config.new.model_dump(), "max_samples": config.capture.new_samples}, balance=False)
+            sample = OldSection(
+                **{**config.new_data.model_dump(), "max_samples": config.capture.new_samples}, balance=False
+            )
             new_inputs = out / "covariance-new"
             stages.append(CaptureStage(new_inputs, model, sample, config.capture, seed, name="capture-new"))
     if config.old is not None and protect:
@@ -47,7 +52,7 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
     train = TrainStage(
         out / "train",
         model,
-        config.new,
+        config.new_data,
         config.train,
         init,
         seed,

@@ -58,7 +58,8 @@ class CaptureStage:
         return (self.output / MANIFEST).is_file()
 
     def check(self, context: Workbench) -> None:
-        self._conversations(context)
+        if self.old.there:
+            self._conversations(context)
 
     def _conversations(self, context: Workbench) -> Any:
         return context.conversations(self.old, self.seed, require_answer=self.settings.tokens != "prompt")
@@ -320,7 +321,8 @@ class TrainStage:
         return self.result.is_dir()
 
     def check(self, context: Workbench) -> None:
-        context.conversations(self.new, self.seed)
+        if self.new.there:
+            context.conversations(self.new, self.seed)
 
     def run(self, context: Workbench) -> str:
         if self.settings.processes > 1 and process_count() == 1:

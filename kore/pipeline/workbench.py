@@ -58,6 +58,10 @@ class Workbench:
             )
         return self._read[key]
 
+    def forget(self) -> None:
+        """Read data files anew from now on: one of them has changed."""
+        self._read.clear()
+
     def base(self, path: str | os.PathLike[str] | None = None) -> torch.nn.Module:
         """The untouched model, or the full model saved at ``path``."""
         wanted = ("base", os.fspath(path if path is not None else self.section.path))

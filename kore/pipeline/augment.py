@@ -1,0 +1,89 @@
+"""The augment stage: conversations from pieces of knowledge, as new data for the stages after it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kore.artifacts import MANIFEST, file_sha256
+from kore.pipeline.config import AugmentSection
+from kore.pipeline.stage import directory_identity, model_identity
+from kore.pipeline.workbench import Workbench
+
+_log = logging.getLogger(__name__)
+
+# What changes how a result is made, and not the result.
+_TRIFLES: dict[str, Any] = {
+    "knowledge": True,
+    "workers": True,
+    "limits": True,
+    "texts": True,
+    "generator": {"timeout", "device", "price_input", "price_output", "api_key_env"},
+    "images": {"delay", "timeout", "contact", "device"},
+}
+
+
+@dataclass(frozen=True)
+class AugmentStage:
+    """Conversations, saved at ``output``. Answers and images are kept in ``cache``, also when settings change."""
+
+    output: Path
+    settings: AugmentSection
+    cache: Path
+    name: str = "augment"
+
+    def inputs(self) -> dict[str, Any]:
+        from kore.augmentation.texts import load_texts
+
+        settings, knowledge = self.settings, self.settings.knowledge
+        values = settings.model_dump(mode="json", exclude=_TRIFLES)
+        flat = {f"augment.{name}": value for name, value in values.items() if not isinstance(value, dict)}
+        for name, section in values.items():
+            if isinstance(section, dict):
+                flat |= {f"augment.{name}.{key}": value for key, value in section.items()}
+        if settings.generator.kind == "local" and settings.generator.model is not None:
+            flat["augment.generator.model"] = model_identity(settings.generator.model)
+        if settings.images.path is not None:
+            flat["augment.images.path"] = _listing(settings.images.path)
+        own = directory_identity(knowledge) if knowledge.is_dir() else file_sha256(knowledge)
+        return {**flat, "augment.knowledge": own, "augment.texts": load_texts(settings.texts).identity()}
+
+    def complete(self) -> bool:
+        return (self.output / MANIFEST).is_file()
+
+    def check(self, context: Workbench) -> None:
+        from kore.augmentation.run import read_knowledge
+        from kore.augmentation.workshop import Workshop
+
+        read_knowledge(self.settings.knowledge, self.settings, self.cache)
+        if self.settings.generator.kind != "local":
+            Workshop.open(self.settings, self.cache)
+
+    def run(self, context: Workbench) -> str:
+        from kore.augmentation.run import augment
+
+        context.drop()
+        made = augment(self.settings.knowledge, self.settings, self.output, progress=context.progress, cache=self.cache)
+        context.forget()
+        words = f"{made.items:,} items, {sum(made.samples.values()):,} conversations, {made.images:,} images"
+        failures = sum(made.failures.values())
+        if not failures and not made.bad_rows:
+            return words
+        _log.warning(
+            "%d failures and %d bad rows; %s lists them", failures, made.bad_rows, self.output / "failures.jsonl"
+        )
+        return f"{words}, {failures:,} failures" + (f", {made.bad_rows:,} bad rows" if made.bad_rows else "")
+
+
+def _listing(path: Path) -> str:
+    """A hash of what lies in a folder, by name and size, or of a file."""
+    if path.is_file():
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    for entry in sorted(path.rglob("*")):
+        if entry.is_file():
+            digest.update(f"{entry.relative_to(path)}\0{entry.stat().st_size}\n".encode())
+    return digest.hexdigest()
