@@ -229,7 +229,7 @@ def test_a_slow_drip_ends(server, where):
 
 def test_a_silent_server_is_left(server):
     server.pages["/a"] = lambda handler: time.sleep(1.0)
-    with pytest.raises(Unavailable, match="0.1 s a read"):
+    with pytest.raises(Unavailable, match=r"0\.1 s a read"):
         server.downloader(replace(QUICK, read_timeout=0.1, attempts=1)).get(server.url("/a"))
 
 
