@@ -129,6 +129,24 @@ class Report:
             )
         return self._add("samples", samples=prepared)
 
+    def pictures(self, pictures: Sequence[tuple[str | os.PathLike[str], str]]) -> Report:
+        """Add a contact sheet of (path, caption); the pictures are embedded as thumbnails, missing ones left out."""
+        shown = [{"image": _thumbnail(path), "caption": caption} for path, caption in pictures]
+        return self._add("pictures", pictures=[picture for picture in shown if picture["image"]])
+
+    def conversations(self, conversations: Sequence[Mapping[str, Any]]) -> Report:
+        """Add conversations side by side.
+
+        Args:
+            conversations: Mappings with ``turns``, (question, answer) pairs, and optionally ``image`` (a path,
+                embedded as a thumbnail) and ``label`` (a small heading).
+        """
+        prepared = [
+            {"image": _thumbnail(each.get("image")), "label": each.get("label", ""), "turns": list(each["turns"])}
+            for each in conversations
+        ]
+        return self._add("conversations", conversations=prepared)
+
     def code(self, text: str, summary: str) -> Report:
         """Add preformatted text, folded away behind a summary line."""
         return self._add("code", text=text, summary=summary)
