@@ -279,6 +279,7 @@ def kill_when(command: list[str], *signs: str) -> None:
     process.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_stage_ends_with_the_same_result(work, tmp_path, capsys):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "kore", "run", str(run_config(work, killed))]
@@ -296,6 +297,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_result(work, tmp_path, c
         assert file.read_bytes() == (killed / "covariance" / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_training_processes_from_a_run(work, tmp_path, capfd):
     words = ["train.processes=2", "train.max_steps=2", "train.save_steps=null", "capture.batch_size=6"]
     status = main(["run", str(run_config(work, tmp_path / "run")), *words])

@@ -17,6 +17,8 @@ from kore.covariance import load_covariance
 from tests.cli_worker import run
 from tests.tiny import save_tiny, tiny_conversations
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FILES = ("adapter_config.json", "adapter_model.safetensors", "kore.json")
 

@@ -39,6 +39,7 @@ def init(work: Path, output: Path, *more: str) -> list[str]:
     return ["init", "-m", f"{work}/model", "-c", f"{work}/cov", "-o", str(output), "--device", "cpu", *more]
 
 
+@pytest.mark.slow
 def test_killed_after_every_input_it_ends_with_the_same_files(work, tmp_path, capsys):
     script = """
         import os, signal, sys, torch

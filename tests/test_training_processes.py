@@ -142,6 +142,7 @@ def test_two_processes_agree_and_equal_one_with_the_double_batch(root: Path, tmp
             torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_penalty_as_one_has_it(root: Path, tmp_path: Path) -> None:
     """Two processes with two passes to a step take the steps of one process with the whole batch, penalty included."""
     descent = dict(optimizer="sgd", learning_rate=5.0, projector_learning_rate=0.5, epochs=2, save_steps=None)
