@@ -24,9 +24,9 @@ _SAVE_EVERY = 256
 class FolderSource:
     """Images of a folder or data set by text.
 
-    With a CLIP model the query's embedding is compared with those of all images, so there is always a nearest one;
-    ``skipped`` then lists the images that cannot be read. Without a model file names and captions have to share a word
-    with the query. ``method`` says which of the two it is.
+    With a CLIP model the query's embedding is compared with those of all images, so there is always a nearest one.
+    Without a model file names and captions have to share a word with the query. ``method`` says which of the two it is,
+    ``skipped`` which images could not be read, and why.
 
     Args:
         path: A folder of images, a data set of ``save_to_disk``, or parquet.
@@ -60,13 +60,29 @@ class FolderSource:
         return {**identity, **self._clip.identity(), "content": self._content}
 
     def search(self, query: str, count: int) -> Sequence[Candidate]:
-        """The best matches first. Raises DataError when an image has vanished."""
+        """The best matches first; images that cannot be read are passed over."""
+        found: list[Candidate] = []
+        for number in self._ranked(query):
+            if len(found) == count:
+                break
+            try:
+                found.append(self._catalog.candidate(number))
+            except DataError as error:
+                self._skip(number, error)
+        return found
+
+    def _ranked(self, query: str) -> list[int]:
         if self._words is not None:
-            return [self._catalog.candidate(number) for number in self._words.search(query, count)]
+            return self._words.search(query)
         assert self._clip is not None
         scores = self._index() @ self._clip.text(query)
-        order = sorted(range(len(scores)), key=lambda row: (-round(float(scores[row]), 6), row))[:count]
-        return [self._catalog.candidate(self._readable[row]) for row in order]
+        order = sorted(range(len(scores)), key=lambda row: (-round(float(scores[row]), 6), row))
+        return [self._readable[row] for row in order]
+
+    def _skip(self, number: int, error: Exception) -> None:
+        reason = f"{self._catalog.entries[number].place}: {error}"
+        if reason not in self.skipped:
+            self.skipped.append(reason)
 
     def _index(self) -> numpy.ndarray:
         """The embeddings of all readable images, computed once and kept on disk by the images' content."""
@@ -99,7 +115,7 @@ class FolderSource:
             path = self._catalog.candidate(number).path
             return None if path is None else file_sha256(path)
         except (DataError, OSError) as error:
-            self.skipped.append(f"{self._catalog.entries[number].place}: {error}")
+            self._skip(number, error)
             return None
 
     def _embed(self, number: int, sha256: str, known: dict[str, numpy.ndarray]) -> None:
@@ -109,7 +125,7 @@ class FolderSource:
             assert path is not None
             known[sha256] = self._clip.images([path], [sha256])[0]
         except DataError as error:
-            self.skipped.append(f"{self._catalog.entries[number].place}: {error}")
+            self._skip(number, error)
 
 
 def _load(file: Path) -> dict[str, numpy.ndarray]:

@@ -30,8 +30,8 @@ class WordIndex:
             for word, times in count.items():
                 self._places[word].append((number, times))
 
-    def search(self, query: str, count: int) -> list[int]:
-        """The numbers of the best descriptions that share a word with the query, the best first."""
+    def search(self, query: str) -> list[int]:
+        """The numbers of all descriptions that share a word with the query, the best first."""
         scores: dict[int, float] = defaultdict(float)
         total = len(self._lengths)
         for word in sorted(set(tokens(query))):
@@ -40,4 +40,4 @@ class WordIndex:
             for number, times in places:
                 length = 1 - _B + _B * self._lengths[number] / self._mean
                 scores[number] += rarity * times * (_K1 + 1) / (times + _K1 * length)
-        return sorted(scores, key=lambda number: (-scores[number], number))[:count]
+        return sorted(scores, key=lambda number: (-scores[number], number))
