@@ -88,7 +88,10 @@ def answers(dialogue):
 
 def test_a_good_answer_takes_one_request(tmp_path):
     asked, generator = asker(tmp_path, rounds("A", "B"))
+    request = ("dialogue", ITEM, MESSAGES, Dialogue, 50)
+    assert not asked.is_cached(*request)
     assert answers(put(asked)) == ["A", "B"]
+    assert asked.is_cached(*request) and not asked.is_cached(*request[:-1], 51)
     assert [(request.attempt, request.max_tokens) for request in generator.requests] == [(0, 50)]
 
 

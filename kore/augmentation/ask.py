@@ -138,6 +138,38 @@ class Asker:
         shown = " ".join(dict.fromkeys(reasons)) or "Nothing of it could be used."
         raise NotGenerated(f"{tries} not acceptable, at last: {shown}", reasons)
 
+    def is_cached(
+        self,
+        task: Task,
+        item: KnowledgeItem,
+        messages: Sequence[Mapping[str, str]],
+        schema: type[BaseModel],
+        max_tokens: int,
+    ) -> bool:
+        """Whether the first reply to a request is in the cache; ``ask`` may still want further ones."""
+        return self._cached and self._stored(self._key(task, item, messages, schema, max_tokens, 0)) is not None
+
+    def _key(
+        self,
+        task: Task,
+        item: KnowledgeItem,
+        messages: Sequence[Mapping[str, str]],
+        schema: type[BaseModel],
+        max_tokens: int,
+        attempt: int,
+    ) -> dict[str, Any]:
+        """All that a reply depends on."""
+        return {
+            "generator": self._identity,
+            "task": task,
+            "item": content_of(item),
+            "messages": [dict(message) for message in messages],
+            "schema": json_schema(schema),
+            "max_tokens": max_tokens,
+            "attempt": attempt,
+            "seed": self.seed,
+        }
+
     @staticmethod
     def _full(answer: Answer) -> bool:
         return answer.parts is not None and answer.complete
@@ -151,16 +183,7 @@ class Asker:
         max_tokens: int,
         attempt: int,
     ) -> Reply:
-        key = {
-            "generator": self._identity,
-            "task": task,
-            "item": content_of(item),
-            "messages": [dict(message) for message in messages],
-            "schema": json_schema(schema),
-            "max_tokens": max_tokens,
-            "attempt": attempt,
-            "seed": self.seed,
-        }
+        key = self._key(task, item, messages, schema, max_tokens, attempt)
         name = digest(key)
         request = Request(
             task=task,

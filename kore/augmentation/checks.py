@@ -16,7 +16,6 @@ from functools import lru_cache
 from kore.augmentation.schema import MAX_QUESTIONS, MAX_ROUNDS, Caption, Dialogue, Quadruplet, Questions, Round
 from kore.augmentation.types import KnowledgeItem
 from kore.augmentation.words import (
-    FORMS_OF_ADDRESS,
     QUESTION_WORDS,
     Token,
     fold,
@@ -42,7 +41,7 @@ _SOURCE = re.compile(
     re.IGNORECASE,
 )
 _SOURCE_PHRASE = re.compile(
-    r"\b(?:according to|(?:mentioned|described|stated|provided|given|reported|listed|said) in|based on|(?:does|did) the"
+    r"\b(?:according to|(?:mentioned|described|stated|provided|given|reported|listed|said) in|based on|does|did"
     r"|in)\s+(?:the|this)\s+(?:above\s+|given\s+|provided\s+)?"
     r"(?P<noun>report|story|document|description|context|source|information|author|data|facts|summary|content)\b"
     r"(?!\s+(?:age|technolog|cent|minist|scien))",
@@ -94,7 +93,7 @@ class _Evidence:
         tokens = tokenize(text)
         result = []
         for index, token in enumerate(tokens):
-            if not token.content or not (token.number or token.capital) or token.key in FORMS_OF_ADDRESS:
+            if not token.content or not (token.number or token.capital):
                 continue
             after = tokens[index + 1] if index + 1 < len(tokens) else None
             followed = after is not None and after.capital and not after.initial

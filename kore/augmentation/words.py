@@ -29,12 +29,7 @@ FUNCTION_WORDS = frozenset(
     """)
 )
 QUESTION_WORDS = frozenset(_words("who whom whose which what when where why how"))
-FORMS_OF_ADDRESS = frozenset(
-    _words("""
-    mr mrs ms miss mx dr prof professor sir madam lord lady king queen prince princess president chancellor
-    minister senator governor mayor captain general judge justice pope saint st
-    """)
-)
+FORMS_OF_ADDRESS = frozenset(_words("mr mrs ms miss mx mister dr doctor prof professor sir madam lord lady saint st"))
 _SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 _SMALL += " seventeen eighteen nineteen"
 _VALUES = {word: value for value, word in enumerate(_SMALL.split())}
@@ -83,8 +78,11 @@ class Token:
 
     @property
     def content(self) -> bool:
-        """Whether it says something: a number, an acronym, or a word that is no function word, yes or no."""
-        return self.number or self.key not in FUNCTION_WORDS or (self.upper and self.key not in ("yes", "no"))
+        """Whether it says something: a number, an acronym, or a word that is neither a function word nor, as in
+        "Dr. Solt", a form of address."""
+        if self.key in FUNCTION_WORDS:
+            return self.upper and self.key not in ("yes", "no")
+        return self.number or not (self.capital and self.key in FORMS_OF_ADDRESS)
 
 
 def fold(text: str) -> str:
@@ -112,6 +110,7 @@ def _raw(text: str) -> list[Token]:
     for symbol, word in _SYMBOLS.items():
         text = text.replace(symbol, word)
     text = re.sub(r"['’]s\b", "", unicodedata.normalize("NFKC", text))
+    text = re.sub(r"\bper cent\b", "percent", text, flags=re.IGNORECASE)
     tokens: list[Token] = []
     initial = True
     for match in _TOKEN.finditer(text):
