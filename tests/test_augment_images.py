@@ -659,6 +659,7 @@ class TestClip:
         images = numpy.stack(clip.images(pictures))
         order = numpy.argsort(-(images @ clip.text("a red fox")), kind="stable")
         assert [candidate.path for candidate in found] == [pictures[row] for row in order[:3]]
+        clip.text("a red fox " * 50)
         assert source.method == "clip" and ["broken.png" in reason for reason in source.skipped] == [True]
         monkeypatch.setattr(Clip, "_embed_images", lambda *_: pytest.fail("computed again"))
         again = FolderSource(tmp_path / "in", tmp_path / "index", Clip(str(model), "cpu"))

@@ -51,6 +51,7 @@ class Clip:
         self._lock = threading.Lock()
         self._model: Any = None
         self._processor: Any = None
+        self._tokenizer: Any = None
         self._weights = ""
 
     def identity(self) -> dict[str, str]:
@@ -98,7 +99,9 @@ class Clip:
 
         with self._lock:
             self._load()
-            inputs = self._processor(text=[text], return_tensors="pt", truncation=True).to(self._model.device)
+            longest = self._model.config.text_config.max_position_embeddings
+            inputs = self._tokenizer([text], return_tensors="pt", truncation=True, max_length=longest)
+            inputs = {name: inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
             with torch.inference_mode():
                 return _unit(self._model.get_text_features(**inputs))[0]
 
@@ -139,7 +142,8 @@ class Clip:
 
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self._device == "auto" else self._device
         try:
-            self._processor = transformers.CLIPProcessor.from_pretrained(self._path, **_pil_backend())
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._path)
+            self._processor = transformers.AutoImageProcessor.from_pretrained(self._path, **_pil_backend())
             loaded: Any = transformers.CLIPModel.from_pretrained(self._path, output_loading_info=True)
             model, loading = loaded
             missing = [name for name in loading["missing_keys"] if not name.endswith("position_ids")]
