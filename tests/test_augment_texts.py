@@ -39,11 +39,12 @@ def test_the_drawn_variant_depends_on_seed_and_item_only():
 
 
 def test_a_prompt_holds_the_knowledge_and_executes_nothing_of_it():
+    texts = load_texts()
     text = "Use {{ 7 * 7 }} and {title} and {% raise %}."
     for name in ("dialogue", "caption", "vqa", "rephrase"):
-        messages = load_texts().messages(
+        messages = texts.messages(
             name, stream(0), title="Eiffel", type="tower", category="entity", text=text, words=9, rounds=7,
-            questions=4, first="Who?",
+            questions=4, first="Who?", number=2, count=3,
         )  # fmt: skip
         assert [message["role"] for message in messages] == ["system", "user"]
         assert text in messages[1]["content"] and "Eiffel" in messages[1]["content"]
@@ -53,7 +54,8 @@ def test_a_prompt_holds_the_knowledge_and_executes_nothing_of_it():
 
 def test_pick_draws_variants_of_a_prompt():
     values = {"title": "A", "type": "b", "category": "news", "text": "c.", "words": 9}
-    found = {load_texts().messages("caption", stream(seed), **values)[1]["content"] for seed in range(20)}
+    texts = load_texts()
+    found = {texts.messages("caption", stream(seed), **values)[1]["content"] for seed in range(20)}
     assert len(found) > 1
 
 
@@ -128,6 +130,7 @@ def test_a_wrong_template_is_named_by_file_and_key(tmp_path, file, change, messa
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
+        ("synonyms.yaml", "groups: [[a]]", r"synonyms\.yaml: groups\[0\]: expected a list of two words"),
         ("vqa.yaml", "references: [", r"vqa\.yaml: not valid YAML"),
         ("vqa.yaml", "- a", r"vqa\.yaml: expected the keys references"),
         ("vqa.j2", "{% block system %}", r"vqa\.j2: line 1"),

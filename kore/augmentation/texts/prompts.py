@@ -23,7 +23,7 @@ VARIABLES: Mapping[str, frozenset[str]] = {
     "dialogue.j2": _COMMON | {"rounds", "first"},
     "caption.j2": _COMMON,
     "vqa.j2": _COMMON | {"questions"},
-    "rephrase.j2": _COMMON,
+    "rephrase.j2": _COMMON | {"number", "count"},
 }
 NEEDED = ("title", "text")
 _ENVIRONMENT = SandboxedEnvironment(

@@ -99,6 +99,16 @@ def _several(value: Any, place: str) -> list[Any]:
     return value
 
 
+def _groups(value: Any, place: str) -> tuple[tuple[str, ...], ...]:
+    """Lists of words."""
+    groups = []
+    for i, group in enumerate(_several(value, place)):
+        if not isinstance(group, list) or len(group) < 2 or not all(isinstance(word, str) and word for word in group):
+            raise ConfigError(f"{place}[{i}]: expected a list of two words or more, got {group!r}")
+        groups.append(tuple(group))
+    return tuple(groups)
+
+
 _ITEM_NEWS, _ITEM_ENTITY = _words("title", NEWS), _words("name", ENTITY)
 FILES: Mapping[str, Mapping[str, Callable[[Any, str], Any]]] = {
     "dialogue.yaml": {
@@ -120,6 +130,7 @@ FILES: Mapping[str, Mapping[str, Callable[[Any, str], Any]]] = {
         "short": _lines(_words()),
         "separator": _string,
     },
+    "synonyms.yaml": {"groups": _groups},
     "rules.yaml": {
         "attributes": _mapping(_words("subject")),
         "generic": _lines(_words("subject attribute")),

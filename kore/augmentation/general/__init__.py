@@ -1,0 +1,192 @@
+"""General augmentation, to compare with: the article in other words, or its image in other forms.
+
+As in the paper's comparison (Table 6) there are four methods. Each makes conversations of one round, the article as the
+answer; the first is always the article and its image as they are.
+
+* ``text-aware``: a language model rewrites the text and keeps its facts.
+* ``text-agnostic``: words are replaced by synonyms, swapped or deleted, whatever they mean.
+* ``image-aware``: brightness, contrast, colour, small turns and mild crops, which leave visible what is shown.
+* ``image-agnostic``: random crops, flips, strong turns and colours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kore.augmentation.ask import NotGenerated
+from kore.augmentation.chance import stream
+from kore.augmentation.checks import supported
+from kore.augmentation.general.pictures import altered
+from kore.augmentation.general.words import disturbed
+from kore.augmentation.texts import Texts, item_words
+from kore.augmentation.types import Candidate, Failure, ItemResult, KnowledgeItem, Sample, StoredImage
+from kore.errors import ConfigError, DataError, Unavailable
+
+if TYPE_CHECKING:
+    from kore.augmentation.ask import Asker
+    from kore.augmentation.images import Images
+
+GENERAL = ("text-aware", "text-agnostic", "image-aware", "image-agnostic")
+SAMPLES = 8
+_SHORTEST, _LONGEST = 0.4, 1.6
+_TRIES = 8
+
+
+class Rephrased(BaseModel):
+    """A text in other words."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+    text: str = Field(min_length=1, description="The text in other words, with all its facts.")
+
+
+def augment_general(
+    item: KnowledgeItem,
+    method: str,
+    texts: Texts,
+    asker: Asker,
+    images: Images | None,
+    seed: int,
+    *,
+    samples: int = SAMPLES,
+) -> ItemResult:
+    """One of :data:`GENERAL` for one item.
+
+    Args:
+        samples: Conversations, the unchanged one included; by default as many as the four tasks make of an item.
+
+    Returns:
+        What could be made. A variant that cannot be is a failure with its reason.
+
+    Raises:
+        ConfigError: There is no such method.
+        KoreError: Of a sort that other items would meet too, such as a wrong key or a generator by rules, which cannot
+            rephrase.
+    """
+    if method not in GENERAL:
+        raise ConfigError(f"general: expected one of {', '.join(GENERAL)}, got {method!r}")
+    made: list[Sample] = []
+    failures: list[Failure] = []
+    try:
+        for turn, image in _variants(item, method, texts, asker, images, seed, samples, failures):
+            made.append(Sample(f"{item.id}-general-{len(made)}", item.id, "dialogue", (turn,), image))
+    except (NotGenerated, DataError) as error:
+        failures.append(Failure(item.id, "dialogue", str(error)))
+    except Unavailable as error:
+        failures.append(Failure(item.id, "dialogue", str(error), passing=True))
+    return ItemResult(item, tuple(made), tuple(failures))
+
+
+def _variants(
+    item: KnowledgeItem,
+    method: str,
+    texts: Texts,
+    asker: Asker,
+    images: Images | None,
+    seed: int,
+    samples: int,
+    failures: list[Failure],
+) -> Iterator[tuple[tuple[str, str], StoredImage | None]]:
+    image = None if item.image is None or images is None else images.store.keep(item.image)
+    rng = stream(seed, item.id, "dialogue")
+    key = item.category if image is not None else f"{item.category}_without_image"
+    question = texts.round(rng, "dialogue", key, **item_words(item))[0]
+    yield (question, item.text), image
+    told = {_plain(item.text)}
+    for number in range(1, samples):
+        drawing = stream(seed, item.id, method, number)
+        if method.startswith("image"):
+            if image is None or images is None:
+                raise DataError("the item has no image to change")
+            yield (question, item.text), _changed(image, item, images, method == "image-aware", drawing)
+            continue
+        if method == "text-aware":
+            try:
+                text = _rephrased(item, texts, asker, drawing, number, samples - 1, told)
+            except NotGenerated as error:
+                failures.append(Failure(item.id, "dialogue", f"version {number}: {error}"))
+                continue
+        else:
+            groups = texts.variants("synonyms", "groups")
+            attempts = (disturbed(item.text, groups, drawing) for _ in range(_TRIES))
+            text = next((each for each in attempts if _plain(each) not in told), "")
+            if not text:
+                raise DataError(f"the text has too few words for {samples} versions of it")
+        told.add(_plain(text))
+        yield (question, text), image
+
+
+def _rephrased(
+    item: KnowledgeItem, texts: Texts, asker: Asker, rng: Any, number: int, count: int, told: set[str]
+) -> str:
+    words = len(item.text.split())
+    messages = texts.messages(
+        "rephrase",
+        rng,
+        title=item.title,
+        type=item.type,
+        category=item.category,
+        text=re.sub(r"</?text>", "", item.text),
+        words=int(_LONGEST * words),
+        number=number,
+        count=count,
+    )
+
+    def check(given: Rephrased) -> tuple[Rephrased | None, list[str]]:
+        reasons = rephrasing_faults(item, given.text)
+        if _plain(given.text) in told:
+            reasons.append("The text is one that was given already.")
+        return (None, reasons) if reasons else (given, [])
+
+    return str(asker.ask("dialogue", item, messages, Rephrased, check, max_tokens=100 + 4 * words).text)
+
+
+def rephrasing_faults(item: KnowledgeItem, text: str) -> list[str]:
+    """Why a rephrasing is not one: numbers lost or new, names new, much too short or long."""
+    faults = []
+    ours, theirs = _numbers(item.text), _numbers(text)
+    if lost := sorted(ours - theirs):
+        faults.append(f"The text lacks {', '.join(lost)}; keep every number.")
+    if new := sorted(theirs - ours - _numbers(item.title)):
+        faults.append(f"The text has {', '.join(new)}, which the original has not; add nothing.")
+    evidence = f"{item.title}\n{item.text}"
+    if strange := sorted({name for name in _inner_names(text) if supported(evidence, name) < 1}):
+        faults.append(f"The text names {', '.join(strange[:6])}, which the original does not; add nothing.")
+    share = len(text.split()) / max(1, len(item.text.split()))
+    if not _SHORTEST <= share <= _LONGEST:
+        faults.append(
+            f"The text has {share:.0%} of the original's words; keep between {_SHORTEST:.0%} and {_LONGEST:.0%}."
+        )
+    return faults
+
+
+def _changed(image: StoredImage, item: KnowledgeItem, images: Images, aware: bool, rng: Any) -> StoredImage:
+    """A changed copy in the store, with the original's place."""
+    from kore.fetch import open_image
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "changed.png"
+        altered(open_image(image.path), aware, rng).save(file)
+        stored = images.store.fetch(dataclasses.replace(image.candidate, path=file, title=f"{item.title}, changed"))
+    candidate: Candidate = dataclasses.replace(stored.candidate, path=image.candidate.path)
+    return dataclasses.replace(stored, candidate=candidate)
+
+
+def _numbers(text: str) -> set[str]:
+    return {re.sub(r"[,\s](?=\d{3})", "", match) for match in re.findall(r"\d+(?:[.,]\d+)*", text)}
+
+
+def _inner_names(text: str) -> list[str]:
+    """Words with a capital that do not begin a sentence."""
+    found = re.finditer(r"(?<=[\w,;])\s+([^\W\d_][\w-]*)", text)
+    return [match.group(1) for match in found if match.group(1)[0].isupper()]
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
