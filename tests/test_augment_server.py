@@ -185,6 +185,7 @@ def test_the_wait_that_a_server_asks_for_is_told(form):
         (401, {"message": "Incorrect API key provided: {key}"}, "refuses the key in TEST_KEY"),
         (403, {"message": "no access with {key}"}, "does not allow this"),
         (404, {"message": "model m does not exist ({key})"}, "knows no model 'm'"),
+        (400, {"detail": "no such model"}, "no such model"),
         (402, {"message": "pay first ({key})"}, "no credit left"),
         (429, {"message": "quota ({key})", "code": "insufficient_quota"}, "no credit left"),
         (400, {"message": "bad words {key}"}, "refuses the request"),
@@ -200,6 +201,22 @@ def test_lasting_failures_say_what_to_do_and_hide_the_key(status, error, message
         text += str(chain) + repr(chain)
         chain = chain.__cause__ or chain.__context__
     assert KEY not in text
+
+
+def test_a_redirect_is_told_and_not_followed():
+    with ScriptedServer(good) as other:
+        there = Fault(307, headers={"Location": f"{other.url}/chat/completions?token=secretword"})
+        with ScriptedServer(good, {0: there}) as server:
+            with pytest.raises(KoreError, match=f"sends on to {other.url}.*base_url") as caught:
+                generator(server).generate(request())
+    assert other.requests == [] and "secretword" not in str(caught.value)
+
+
+def test_after_a_failed_attempt_the_schema_is_in_the_prompt_too():
+    with ScriptedServer(good) as server:
+        generator(server).generate(request(attempt=1))
+    (body,) = server.requests
+    assert body["response_format"]["type"] == "json_schema" and "JSON schema" in body["messages"][-1]["content"]
 
 
 def test_a_key_goes_to_no_server_that_it_is_not_meant_for(monkeypatch):
@@ -222,6 +239,8 @@ def test_a_server_that_wants_a_key_says_where_to_put_it():
     ("arguments", "message"),
     [
         (dict(base_url="localhost:8000"), "expected the address of a server"),
+        (dict(base_url="http://[::1/v1"), "expected the address of a server"),
+        (dict(base_url="http://host:port/v1"), "expected the address of a server"),
         (dict(base_url="http://me:secretword@host/v1"), "without user and password"),
         (dict(base_url="http://host/v1", api_key_env="NOT_THERE"), "NOT_THERE .* is not set"),
         (dict(), "OPENAI_API_KEY .* is not set"),
@@ -270,10 +289,10 @@ def test_the_key_is_nowhere_but_in_the_request(tmp_path, caplog):
 
 
 def test_faults_of_all_sorts_lose_nothing_over_threads(tmp_path):
-    """Forty items, four threads, every third request fails; run again, nothing is asked and all is the same."""
+    """Twenty-four items, four threads, every third request fails; run again, nothing is asked and all is the same."""
     items = [
         KnowledgeItem(f"i{n}", "news", "politics", f"Town {n}", f"The mayor of town {n} is Mira Solt since {1900 + n}.")
-        for n in range(40)
+        for n in range(24)
     ]
 
     def content(body):
@@ -312,10 +331,10 @@ def test_faults_of_all_sorts_lose_nothing_over_threads(tmp_path):
         asked = len(server.requests)
         again, counts_again = run(server)
         assert len(server.requests) == asked
-    assert len(first) == 40 and first == again
-    assert counts["requests"] == asked and counts["failed"] == asked - 40
+    assert len(first) == 24 and first == again
+    assert counts["requests"] == asked and counts["failed"] == asked - 24
     assert counts["cost"] == counts["prompt_tokens"] + 2 * counts["completion_tokens"] > 0
-    assert counts_again["requests"] == 0 and counts_again["cached"] == 40 and counts_again["cost"] == 0
+    assert counts_again["requests"] == 0 and counts_again["cached"] == 24 and counts_again["cost"] == 0
 
 
 def test_a_generator_is_made_from_a_configuration(monkeypatch):

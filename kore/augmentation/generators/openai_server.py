@@ -38,7 +38,11 @@ class _Form:
 
 def _checked_url(base_url: str | None) -> str:
     url = base_url or os.environ.get(URL_VARIABLE) or OPENAI
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
             "generator.base_url: expected the address of a server, such as http://localhost:8000/v1, "
@@ -54,7 +58,10 @@ def _checked_url(base_url: str | None) -> str:
 
 def _public(url: str) -> str:
     """The address without anything that could be a secret."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(no address)"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
 
@@ -149,7 +156,13 @@ class OpenAIGenerator:
         self._form = _Form("json_schema" if structured == "auto" else self._structured)
         self._settled = structured != "auto"
         self._lock = threading.Lock()
-        self._client = openai.OpenAI(api_key=self._secret or _NO_KEY, base_url=url, timeout=timeout, max_retries=0)
+        self._client = openai.OpenAI(
+            api_key=self._secret or _NO_KEY,
+            base_url=url,
+            timeout=timeout,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, timeout=timeout),
+        )
 
     def __repr__(self) -> str:
         return f"OpenAIGenerator(model={self._model!r}, base_url={self._url!r})"
@@ -199,10 +212,11 @@ class OpenAIGenerator:
         if form.structured == "json_schema":
             schema = {"name": request.schema.__name__, "strict": True, "schema": json_schema(request.schema)}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
-        else:
+        elif form.structured == "json_object":
+            options["response_format"] = {"type": "json_object"}
+        # Some servers take a schema and ignore it; after a failed attempt the model is shown it in any case.
+        if form.structured != "json_schema" or request.attempt:
             messages = with_schema(messages, request.schema)
-            if form.structured == "json_object":
-                options["response_format"] = {"type": "json_object"}
         create: Any = self._client.chat.completions.create
         try:
             return create(model=self._model, messages=messages, **options), None
@@ -246,8 +260,8 @@ class OpenAIGenerator:
     def _said(self, error: Exception) -> str:
         """What the server says, short and without the key."""
         body = getattr(error, "body", None)
-        message = body.get("message") if isinstance(body, dict) else None
-        text = " ".join(str(message or error).split())
+        named = (body.get(name) for name in ("message", "detail", "error")) if isinstance(body, dict) else ()
+        text = " ".join(str(next(filter(None, named), None) or error).split())
         if self._secret:
             text = text.replace(self._secret, "(key)")
         return text[:_SHOWN] + ("..." if len(text) > _SHOWN else "")
@@ -279,6 +293,12 @@ class OpenAIGenerator:
             return KoreError(
                 f"{where}: the server knows no model {self._model!r}, or nothing at this address ({said}); see "
                 "generator.model, and that generator.base_url ends as the server's interface does, often in /v1"
+            )
+        if 300 <= status < 400:
+            target = _public(error.response.headers.get("location", ""))  # type: ignore[attr-defined]
+            return KoreError(
+                f"{where}: the server sends on to {target or 'another address'}, which is not followed; if it is the "
+                "right one, set generator.base_url to it"
             )
         if status == 402 or (status == 429 and getattr(error, "code", None) in ("insufficient_quota", "billing")):
             return KoreError(f"{where}: there is no credit left ({said}); add some and run it again to go on")
