@@ -229,12 +229,18 @@ class TestChoose:
         assert [image for image, _ in choose(None, found, None)] == [found[0], found[3]]
 
     def test_small_differences_make_another_picture(self, store, tmp_path):
-        image = scene(1)
-        ImageDraw.Draw(image).rectangle([40, 30, 60, 50], fill="black")
-        changed = self._stored(store, tmp_path, "changed.png", image)
-        mirrored = self._stored(store, tmp_path, "mirrored.png", scene(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        marked = scene(1)
+        ImageDraw.Draw(marked).rectangle([40, 30, 50, 38], fill="black")
+        pictures = {
+            "marked": marked,
+            "mirrored": scene(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+            "brighter": scene(1).point(lambda value: min(255, value + 12)),
+            "wider": scene(1).resize((130, 90)),
+        }
         original = save(scene(1), tmp_path / "original.png")
-        assert [image for image, _ in choose(original, [changed, mirrored], None)] == [changed, mirrored]
+        for name, image in pictures.items():
+            found = self._stored(store, tmp_path, f"{name}.png", image)
+            assert choose(original, [found], None) == [(found, None)], name
 
     def test_the_most_similar_are_kept_best_first(self, store, tmp_path):
         original = save(scene(9), tmp_path / "original.png")
