@@ -159,3 +159,12 @@ def test_a_missing_folder_is_an_error(tmp_path):
     (tmp_path / "vqa.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"vqa\.yaml: cannot be read"):
         load_texts(tmp_path)
+
+
+def test_the_command_copies_them_out(tmp_path, capsys):
+    from kore.cli import main
+
+    command = ["augment", "--write-texts", str(tmp_path / "mine")]
+    assert main(command) == 0
+    assert load_texts(tmp_path / "mine").identity() == load_texts().identity()
+    assert main(command) == 2 and "choose a new folder" in capsys.readouterr().err

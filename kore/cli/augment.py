@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from kore.augmentation.run import Summary
 
 
+def _write_texts(folder: Path | None) -> None:
+    """Copy the texts and stop, before anything else is asked for."""
+    if folder is not None:
+        from kore.augmentation.texts import write_texts
+
+        written = write_texts(folder)
+        console.say(f"{len(written)} files in {folder}; delete those that stay as they are")
+        raise typer.Exit
+
+
 def augment(
     knowledge: Annotated[
         Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet file, or the directory of a saved dataset.")
@@ -60,6 +70,15 @@ def augment(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     set: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")
+    ] = None,
+    write_texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            is_eager=True,
+            callback=_write_texts,
+            help="Only copy the templates and prompts to DIR, to be edited and given as --texts.",
+        ),
     ] = None,
 ) -> None:
     """Make dialogues, recognition, captions and visual questions from pieces of knowledge.
