@@ -19,8 +19,8 @@ def knowledge_row(number: int) -> dict[str, Any]:
             "id": f"news-{number}",
             "type": "politics",
             "title": title,
-            "text": f"{title}. It was built by Mira {who} from {year} on. The harbour has {number + 3} docks. "
-            f"The mayor of {where} cut the ribbon.",
+            "text": f"A new harbour was opened in {where} on Monday. Mira {who} built it from {year} on. "
+            f"It has {number + 3} docks. The mayor of {where} cut the ribbon.",
             "facts": {"builder": f"Mira {who}", "begun": str(year), "docks": str(number + 3)},
         }
     name = f"Arvena {number}"

@@ -82,8 +82,14 @@ class LimitSettings(Section):
 
     requests_per_minute: int | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
+    retries: int = Field(default=5, ge=0)
+    """Repetitions of a request that failed in passing."""
+    backoff: float = Field(default=1.0, ge=0)
+    """Seconds before the first repetition; twice as many before each further one."""
+    longest_wait: float = Field(default=120.0, gt=0)
+    """Seconds that one wait may last; a server that asks for a longer one is given up."""
     stop_after: int | None = Field(default=20, ge=1)
-    """Stop when so many items in a row get no answer at all, as with a wrong key; null: never."""
+    """Stop when so many requests in a row are given up, or three where none was ever answered; null: never."""
 
 
 class AugmentConfig(Section):

@@ -14,7 +14,7 @@ from kore.augmentation.config import AugmentConfig
 from kore.augmentation.items import Knowledge
 from kore.augmentation.limits import Prices, estimate_tokens
 from kore.augmentation.run import read_knowledge
-from kore.augmentation.types import KnowledgeItem, Task
+from kore.augmentation.types import Candidate, KnowledgeItem, StoredImage, Task
 from kore.augmentation.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -135,17 +135,15 @@ class _Counter:
 
 
 class _NoImages:
-    """In place of the images: one that is not there, so that no task ends before it asks."""
+    """In place of the images: always one, so that no task ends before it asks."""
+
+    _ANY = StoredImage("", Path(), 0, 0, Candidate())
 
     class store:
         @staticmethod
-        def keep(path: Path) -> Any:
-            return None
-
-        @staticmethod
-        def fetch(candidate: Any) -> Any:
-            return None
+        def keep(path: Path) -> StoredImage:
+            return _NoImages._ANY
 
     @staticmethod
-    def find(query: str, original: Path | None, keep: int | None = None) -> Any:
-        return [(None, None)] * 2
+    def find(query: str, original: Path | None, keep: int | None = None) -> list[tuple[StoredImage, None]]:
+        return [(_NoImages._ANY, None)] * 2

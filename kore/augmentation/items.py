@@ -103,8 +103,9 @@ def load_knowledge(
             item = parser.item(row, check_image=True)
             folded = item.id.casefold()
             if folded in seen:
-                raise DataError(f"id {item.id!r} is there twice, first in {seen[folded]}")
-            seen[folded] = row.source.rpartition(":")[2]
+                raise DataError(f"id {item.id!r} is there twice, first at {seen[folded]}")
+            place = row.source.rpartition(":")[2]
+            seen[folded] = f"line {place}" if place.isdigit() else place
         except DataError as error:
             bad[row.index] = BadRow(row.source, str(error))
     if last < 0:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 J = TypeVar("J")
 R = TypeVar("R")
 
+_TURN = 0.25
 GRACE = 5.0
 """Seconds that threads get to end their job when the work is broken off."""
 
@@ -40,10 +41,13 @@ def in_threads(
                 done.put((job, None, error))
 
     def next_done() -> tuple[J, R]:
-        job, result, error = done.get()
-        if error is not None:
-            raise error
-        return job, result
+        while True:
+            # A signal that another thread receives does not wake the main thread; it sees it at the next turn.
+            with contextlib.suppress(queue.Empty):
+                job, result, error = done.get(timeout=_TURN)
+                if error is not None:
+                    raise error
+                return job, result
 
     threads = [threading.Thread(target=serve, name=f"kore-augment-{number}", daemon=True) for number in range(workers)]
     for thread in threads:

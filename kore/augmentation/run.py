@@ -226,7 +226,7 @@ def _write(items: Knowledge, keys: Sequence[bytes], shop: Workshop, out: Path) -
         from kore.augmentation.quality import write_quality
 
         page = write_quality(out, made, config.seed)
-        files.append(page)
+        files += [page, page.with_suffix(".json")]
     settings = config.model_dump(mode="json", exclude={"generator", "images", "limits", "workers"})
     fields = {
         "made_from": {"file": items.path.name, "items": len(items), "bad_rows": len(items.bad_rows)},

@@ -62,7 +62,14 @@ class Workshop:
         kept = Cache(cache)
         settings, limits = config.generator, config.limits
         prices = Prices(settings.price_input or 0.0, settings.price_output or 0.0)
-        limit = Limits(limits.requests_per_minute, limits.tokens_per_minute, prices=prices)
+        limit = Limits(
+            limits.requests_per_minute,
+            limits.tokens_per_minute,
+            retries=limits.retries,
+            backoff=limits.backoff,
+            longest_wait=limits.longest_wait,
+            prices=prices,
+        )
         asker = Asker(generator, kept, limit, attempts=config.attempts, seed=config.seed)
         store = cache / IMAGE_STORE
         images = make_images(config.images, store, kept)
