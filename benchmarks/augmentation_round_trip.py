@@ -85,7 +85,9 @@ def write_knowledge(directory: Path, world: int) -> tuple[Path, Path]:
     return directory / "knowledge.jsonl", others
 
 
-def training_files(directory: Path, world: int, passes: int = PASSES) -> tuple[list[Path], dict[str, Any]]:
+def training_files(
+    directory: Path, world: int, passes: int = PASSES, quality: bool = True
+) -> tuple[list[Path], dict[str, Any]]:
     """Augment a world's knowledge ``passes`` times with different seeds; the files, and what was made."""
     from kore.augmentation import AugmentConfig, augment
 
@@ -94,7 +96,12 @@ def training_files(directory: Path, world: int, passes: int = PASSES) -> tuple[l
     made: dict[str, Any] = {"samples": {}, "turns": {}, "images": 0, "failures": 0}
     for seed in range(passes):
         config = AugmentConfig.model_validate(
-            {"texts": TEXTS, "images": {"kind": "folder", "path": others}, "seed": seed, "quality": seed == 0}
+            {
+                "texts": TEXTS,
+                "images": {"kind": "folder", "path": others},
+                "seed": seed,
+                "quality": quality and seed == 0,
+            }
         )
         summary = augment(knowledge, config, directory / f"augmented-{seed}", progress=False)
         files.append(summary.data)
