@@ -109,7 +109,7 @@ def test_what_is_wrong_is_told_and_what_is_right_adds_up(tmp_path):
 
 
 def test_a_complete_answer_is_not_asked_for_again(tmp_path):
-    asked, generator = asker(tmp_path, rounds(*"ABCDEFGHI", "bad"), rounds(*"JKL"))
+    asked, generator = asker(tmp_path, rounds(*"ABCDEFGHI", "bad"), rounds(*"JKL", "bad"))
     assert answers(put(asked, without("bad"))) == list("ABCDEFGHIJ")
     assert len(generator.requests) == 2
 
@@ -118,6 +118,12 @@ def test_what_was_accepted_is_kept_when_the_attempts_end(tmp_path):
     asked, generator = asker(tmp_path, rounds("A", "bad"), "nothing", rounds("bad"))
     assert answers(put(asked, without("bad"))) == ["A"]
     assert len(generator.requests) == 3
+
+
+def test_the_same_bad_reply_twice_is_not_taken_for_the_cached_one(tmp_path):
+    asked, generator = asker(tmp_path, rounds("bad"), rounds("bad"), rounds("A"))
+    assert answers(put(asked, without("bad"))) == ["A"]
+    assert generator.requests[1].messages == generator.requests[2].messages
 
 
 def test_nothing_acceptable_is_an_error_with_the_last_reasons(tmp_path):
@@ -255,9 +261,12 @@ def test_the_wait_that_is_asked_for_holds_all_requests_up():
     outcomes[:] = [busy]
     with pytest.raises(Unavailable, match="asks to wait 121 s, longer than the 120 s allowed"):
         limits.call(answer, name="x")
-    limits._limiter.pause(12.0)
+    busy.retry_after = 12.0
+    outcomes[:] = [busy, "other"]
     time.slept.clear()
-    outcomes[:] = ["other"]
+    limits.retries = 0
+    with pytest.raises(Unavailable):
+        limits.call(answer, name="x")
     assert limits.call(answer, name="y") == "other" and time.slept == [pytest.approx(12.0)]
 
 

@@ -234,11 +234,11 @@ class Limits:
                         f"{error}; it asks to wait {asked:.0f} s, longer than the {self.longest_wait:.0f} s allowed: "
                         "run it again later, what is done is kept"
                     ) from None
+                if asked:
+                    self._limiter.pause(asked)
                 if retry == self.retries:
                     tries = f"{retry + 1} times" if retry else "once"
                     raise Unavailable(f"{error} (tried {tries}); run it again later, what is done is kept") from None
-                if asked:
-                    self._limiter.pause(asked)
                 self._wait(max(self.delay(retry, name), asked or 0.0))
             except BaseException:
                 self.accounting.add(failed=1)
