@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from kore.augmentation import checks
 from kore.augmentation.ask import NotGenerated
-from kore.augmentation.generators.rules import RulesGenerator, beginning, held_facts, names, sentences
+from kore.augmentation.generators.rules import RulesGenerator, beginning, given_facts, names, sentences
 from kore.augmentation.schema import Caption, Dialogue, Questions
 from kore.augmentation.types import KnowledgeItem, Request
 from kore.errors import KoreError
@@ -59,8 +59,7 @@ def test_facts_become_rounds_and_their_sentences_answers():
     # The sentence of the place is told already; those of height and designer are new.
     assert answers[1:4] == ["Paris.", "It is 330 metres tall and opened in 1889.",
                             "It is named after Gustave Eiffel, whose company built it."]  # fmt: skip
-    assert all("the Eiffel Tower" in question for question in list(rounds)[:4])
-    assert not any("paint" in question for question in rounds)
+    assert all("the Eiffel Tower" in question for question in list(rounds)[:5])
 
 
 def test_what_facts_leave_is_asked_with_a_gap():
@@ -70,8 +69,10 @@ def test_what_facts_leave_is_asked_with_a_gap():
     assert gaps[question].rstrip(".") in TOWER.text and gaps[question].rstrip(".") not in question
 
 
-def test_facts_that_the_text_does_not_hold_are_left_out():
-    assert dict(held_facts(TOWER)) == {"location": "Paris", "height": "330 metres", "designer": "Gustave Eiffel"}
+def test_a_fact_that_no_sentence_holds_is_answered_by_its_value():
+    assert dict(given_facts(TOWER)).keys() == {"location", "height", "designer", "paint_job"}
+    rounds = {each.question: each.answer for each in ask(TOWER, Dialogue).rounds}
+    assert next(answer for question, answer in rounds.items() if "paint job" in question) == "Brown."
 
 
 def test_the_wording_of_an_attribute_and_the_general_one():
@@ -85,7 +86,7 @@ def test_the_wording_of_an_attribute_and_the_general_one():
 
 def test_visual_questions_are_about_the_item():
     found = ask(TOWER, Questions, "vqa").questions
-    assert {each.answer for each in found[:3]} == {"Paris", "330 metres", "Gustave Eiffel"}
+    assert {each.answer for each in found[:4]} == {"Paris", "330 metres", "Gustave Eiffel", "brown"}
     assert all(each.subject == "Eiffel Tower" and each.subject in each.question for each in found)
     assert {each.hypernym for each in found} == {"tower"}
     assert {each.hypernym for each in ask(NEWS, Questions, "vqa").questions} == {"event"}
@@ -99,7 +100,7 @@ def test_a_question_that_holds_its_answer_is_not_asked():
 
 
 def test_an_item_without_anything_says_why():
-    item = KnowledgeItem("x", "news", "other", "Nix", "nothing in here has a name or a number.", facts={"a": "b"})
+    item = KnowledgeItem("x", "news", "other", "Nix", "nothing in here has a name or a number.", facts={"a": " "})
     with pytest.raises(NotGenerated, match=r"visual question of 'Nix'.*\(1 given\).*language model"):
         ask(item, Questions, "vqa")
 

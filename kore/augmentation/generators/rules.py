@@ -23,11 +23,12 @@ _ABBREVIATIONS = re.compile(r"(?:mrs?|ms|dr|prof|st|[js]r|gen|col|lt|no|vs|inc|l
 class RulesGenerator:
     """Answers by rules: offline, deterministic, and only as good as the facts it is given.
 
-    What it makes, for each fact whose value stands in the text: a question in a fixed wording for the attribute
-    (``texts/rules.yaml``; a general one for attributes not listed there), answered by the sentence that holds the
-    value, by the value alone where that sentence was an answer before, or by the value alone in visual questions, whose
-    subject is always the item itself. The summary is the beginning of the text. An item without facts gets what its
-    sentences carry: a question for the first one, and sentences with a name or number left out.
+    What it makes: for each fact a question in a fixed wording for its attribute (``texts/rules.yaml``; a general one
+    for attributes not listed there), answered by the sentence of the text that holds the value, or by the value alone
+    where no sentence does or it was an answer before; visual questions likewise, answered by the value alone, with the
+    item itself as subject. The summary is the beginning of the text. What facts do not cover, and an item without any,
+    gets what its sentences carry: a question for the first one, and sentences with a name or number left out. Facts are
+    taken for true, also those that the text does not say.
 
     What it does not do: understand the text. It paraphrases nothing, draws no conclusion, asks no why, and finds no
     further subject for visual questions. It is for demos, tests and tables of facts; data by a language model are
@@ -70,7 +71,7 @@ class RulesGenerator:
             opening = self._texts.line(rng, "rules", "opening", subject=as_written(subject, item.text))
             rounds.append({"question": opening, "answer": said[0]})
             used.add(said[0])
-        for attribute, value in held_facts(item):
+        for attribute, value in given_facts(item):
             question = self._question(attribute, as_written(subject, item.text), rng)
             if _within(value, question):
                 continue
@@ -97,7 +98,7 @@ class RulesGenerator:
     def _questions(self, item: KnowledgeItem, rng: Any) -> dict[str, Any]:
         hypernym = item.type if item.category == "entity" else self._texts.variants("rules", "news_hypernym")
         found: list[dict[str, str]] = []
-        for attribute, value in held_facts(item):
+        for attribute, value in given_facts(item):
             question = self._question(attribute, item.title, rng)
             if len(value.split()) <= VALUE_WORDS and not _within(value, question):
                 found.append({"question": question, "answer": value})
@@ -160,14 +161,10 @@ def names(sentence: str) -> list[str]:
     return [text for text in texts if len(text.split()) <= VALUE_WORDS]
 
 
-def held_facts(item: KnowledgeItem) -> list[tuple[str, str]]:
-    """The facts whose value stands in the text, without two of the same value."""
-    held: dict[str, str] = {}
-    for attribute, value in item.facts.items():
-        value = " ".join(str(value).split())
-        if value and _within(value, item.text):
-            held.setdefault(value, attribute)
-    return [(attribute, value) for value, attribute in held.items()]
+def given_facts(item: KnowledgeItem) -> list[tuple[str, str]]:
+    """The facts that have a value."""
+    facts = [(attribute, " ".join(str(value).split())) for attribute, value in item.facts.items()]
+    return [(attribute, value) for attribute, value in facts if value]
 
 
 def beginning(text: str, words: int) -> str:
@@ -197,7 +194,6 @@ def _within(part: str, text: str) -> bool:
 
 def _nothing(item: KnowledgeItem, what: str) -> str:
     return (
-        f"the generator by rules found nothing for {what} of {item.title!r}: no fact whose value stands in the text "
-        f"({len(item.facts)} given) and no sentence with a name or number to ask for; give facts, or choose a "
-        "language model"
+        f"the generator by rules found nothing for {what} of {item.title!r}: no fact that can be asked for "
+        f"({len(item.facts)} given), and no sentence with a name or number; give facts, or choose a language model"
     )
