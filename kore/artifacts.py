@@ -112,8 +112,12 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file that appears at ``path`` whole or not at all, replacing what stood there."""
+def atomic_write(path: str | os.PathLike[str], content: str | bytes, durable: bool = True) -> None:
+    """Write a file that appears at ``path`` whole or not at all, replacing what stood there.
+
+    With ``durable=False`` that holds when the process is killed, but not when the machine loses power; this is several
+    times faster, and enough for files whose content is checked when they are read.
+    """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -122,9 +126,11 @@ def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
-        _fsync(path.parent)
+        if durable:
+            _fsync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

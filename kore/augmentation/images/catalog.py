@@ -139,8 +139,8 @@ class DatasetCatalog:
             raise DataError(f"{self._path}, {entry.place}: it has no image")
         else:
             path = self._scratch / f"{hashlib.sha256(data).hexdigest()}.image"
-            if not path.is_file():
-                atomic_write(path, data)
+            if not path.is_file() or path.stat().st_size != len(data):
+                atomic_write(path, data, durable=False)
         place = f"{self._path.name}, {entry.place}"
         return Candidate(None, path, entry.page or place, entry.title, entry.licence, entry.author)
 

@@ -89,6 +89,8 @@ class Images:
 
     def _search(self, query: str) -> Sequence[Candidate]:
         assert self.source is not None
+        if getattr(self.source, "local", False):
+            return list(self.source.search(query, self.results))
         key = {"source": dict(self.source.identity()), "query": query, "count": self.results}
         if (found := self.cache.get("search", key)) is not None:
             try:

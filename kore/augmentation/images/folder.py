@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,16 +44,19 @@ class FolderSource:
         self._matrix: numpy.ndarray | None = None
         self._readable: list[int] = []
         self._content = ""
+        self._entries = digest([vars(entry) for entry in self._catalog.entries])
         self._words = None if clip else WordIndex([entry.words for entry in self._catalog.entries])
         self.method = "clip" if clip else "words"
         self.skipped: list[str] = []
+
+    local = True
+    """Its results are places on this machine, found without asking anybody: they need no cache."""
 
     def __len__(self) -> int:
         return len(self._catalog.entries)
 
     def identity(self) -> Mapping[str, Any]:
-        entries = digest([vars(entry) for entry in self._catalog.entries])
-        identity = {"kind": "folder", "method": self.method, "entries": entries}
+        identity = {"kind": "folder", "method": self.method, "entries": self._entries}
         if self._clip is None:
             return identity
         self._index()
@@ -71,7 +74,7 @@ class FolderSource:
                 self._skip(number, error)
         return found
 
-    def _ranked(self, query: str) -> list[int]:
+    def _ranked(self, query: str) -> Iterable[int]:
         if self._words is not None:
             return self._words.search(query)
         assert self._clip is not None

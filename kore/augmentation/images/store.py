@@ -46,7 +46,8 @@ class ImageStore:
     """A folder of images ``<sha256>.jpg`` or ``.png``, each with a ``<sha256>.json`` that says where it came from.
 
     The sha256 is that of the stored bytes, so the same picture from two places is there once, with both places in its
-    side-car. Files appear whole or not at all. Several threads may use a store at once.
+    side-car. Files appear whole or not at all; after a loss of power :meth:`find` tells those that are damaged. Several
+    threads may use a store at once.
 
     Args:
         folder: Where it lies; made when the first image comes.
@@ -139,7 +140,7 @@ class ImageStore:
         with self._lock:
             # A file whose size differs was cut short by something other than this program: it is written again.
             if not path.is_file() or path.stat().st_size != len(content):
-                atomic_write(path, content)
+                atomic_write(path, content, durable=False)
             self._record(path, sha256, width, height, {**describe(candidate), **fetched})
         return StoredImage(sha256, path, width, height, candidate)
 
@@ -154,7 +155,7 @@ class ImageStore:
         # Sorted, so that the side-car does not tell which thread was first.
         sources = sorted([*sources, source], key=lambda entry: json.dumps(entry, sort_keys=True))
         record = {"sha256": sha256, "file": path.name, "width": width, "height": height, "sources": sources}
-        atomic_write(sidecar, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        atomic_write(sidecar, json.dumps(record, indent=2, ensure_ascii=False) + "\n", durable=False)
 
 
 def describe(candidate: Candidate) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 _K1, _B = 1.2, 0.75
 _WORD = re.compile(r"[^\W_]+")
@@ -23,21 +24,24 @@ class WordIndex:
 
     def __init__(self, descriptions: Sequence[str]) -> None:
         counts = [Counter(tokens(text)) for text in descriptions]
-        self._lengths = [sum(count.values()) for count in counts]
-        self._mean = max(1.0, sum(self._lengths) / max(1, len(counts)))
-        self._places: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        lengths = [sum(count.values()) for count in counts]
+        mean = max(1.0, sum(lengths) / max(1, len(counts)))
+        self._weights: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for number, count in enumerate(counts):
+            norm = _K1 * (1 - _B + _B * lengths[number] / mean)
             for word, times in count.items():
-                self._places[word].append((number, times))
+                self._weights[word].append((number, times * (_K1 + 1) / (times + norm)))
+        for word, places in self._weights.items():
+            rarity = math.log(1 + (len(counts) - len(places) + 0.5) / (len(places) + 0.5))
+            self._weights[word] = [(number, rarity * weight) for number, weight in places]
 
-    def search(self, query: str) -> list[int]:
+    def search(self, query: str) -> Iterator[int]:
         """The numbers of all descriptions that share a word with the query, the best first."""
         scores: dict[int, float] = defaultdict(float)
-        total = len(self._lengths)
         for word in sorted(set(tokens(query))):
-            places = self._places.get(word, [])
-            rarity = math.log(1 + (total - len(places) + 0.5) / (len(places) + 0.5))
-            for number, times in places:
-                length = 1 - _B + _B * self._lengths[number] / self._mean
-                scores[number] += rarity * times * (_K1 + 1) / (times + _K1 * length)
-        return sorted(scores, key=lambda number: (-scores[number], number))
+            for number, weight in self._weights.get(word, ()):
+                scores[number] += weight
+        heap = [(-score, number) for number, score in scores.items()]
+        heapq.heapify(heap)
+        while heap:
+            yield heapq.heappop(heap)[1]
