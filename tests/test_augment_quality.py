@@ -51,7 +51,7 @@ def test_numbers(results):
         numbers["answers_found_in_text"]["vqa"]["mean"] == 1 and "recognition" not in numbers["answers_found_in_text"]
     )
     assert numbers["similarity"]["recognition"]["mean"] == 0.75 and numbers["similarity"]["dialogue"] is None
-    assert numbers["licences"] == {"CC0": 9}
+    assert numbers["licences"] == {"CC0": 9} and numbers["different_images"] == 2
     assert numbers["failures"] == [{"task": "caption", "reason": "the model fell asleep", "count": 3}]
     assert numbers["questions_repeated_within_item"] == 0
     # All three items ask the same four questions.
@@ -107,11 +107,12 @@ def test_repetitions_are_exact_when_few_and_close_when_many():
     few = Repetitions(100)
     for thing in "aabbbc":
         few.add(thing)
-    assert few.share() == pytest.approx(3 / 6)
+    assert few.share() == pytest.approx(3 / 6) and few.different() == 3
     many = Repetitions(500)
     for number in range(20_000):
         many.add(str(number // 4))
     assert many.share() == pytest.approx(0.75, abs=0.01) and len(many._counts) <= 500
+    assert many.different() == pytest.approx(5000, rel=0.2)
     assert Repetitions(5).share() == 0
 
 

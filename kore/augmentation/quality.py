@@ -64,6 +64,7 @@ class Quality:
         self.failures: Counter[tuple[str, str]] = Counter()
         self.repeated = 0
         self.wordings = Repetitions(REMEMBERED)
+        self.pictures = Repetitions(REMEMBERED)
         self.shown: Drawn[ItemResult] = Drawn(ITEMS_SHOWN)
         self.images: Drawn[tuple[KnowledgeItem, Sample]] = Drawn(IMAGES_SHOWN)
 
@@ -95,6 +96,7 @@ class Quality:
         if sample.similarity is not None:
             self.similarity[task].add(sample.similarity)
         if sample.image is not None:
+            self.pictures.add(sample.image.sha256)
             _count(self.licences, sample.image.candidate.licence, TYPES_KEPT)
             self.images.offer(self._rank("image", sample.id), (item, sample))
 
@@ -128,6 +130,7 @@ class Quality:
             "answers_found_in_text": {task: self.support[task].numbers() for task in TASKS if task != "recognition"},
             "questions_repeated_within_item": self.repeated / turns if turns else 0.0,
             "wordings_repeated_across_items": self.wordings.share(),
+            "different_images": self.pictures.different(),
             "similarity": {task: self.similarity[task].numbers() for task in TASKS},
             "licences": dict(self.licences.most_common()),
             "failures": [
@@ -217,7 +220,12 @@ class Repetitions:
             mask = (1 << self._bits) - 1
             self._counts = {each: count for each, count in self._counts.items() if not each & mask}
 
+    def different(self) -> int:
+        """How many different things came."""
+        return len(self._counts) << self._bits
+
     def share(self) -> float:
+        """The share of all that came before."""
         total = sum(self._counts.values())
         return 1 - len(self._counts) / total if total else 0.0
 

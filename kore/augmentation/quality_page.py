@@ -27,6 +27,7 @@ def write_page(path: Path, quality: Quality) -> Path:
             ("items", f"{items:,}", ", ".join(f"{count:,} {name}" for name, count in numbers["items"].items())),
             ("conversations", f"{conversations:,}", f"{sum(numbers['turns'].values()):,} questions with answers"),
             ("answers found in the text", "–" if found is None else f"{found:.1%}", "mean share of content words"),
+            ("different images", f"{numbers['different_images']:,}"),
             ("failures", f"{failed:,}", "each is in failures.jsonl" if failed else ""),
         ]
     )
@@ -55,7 +56,7 @@ def _counts(report: Report, numbers: dict[str, Any], items: int) -> None:
         ["task", "conversations", "questions", "questions per item"],
         rows,
         f"In the data set of the paper, KORE-74K, an item has {theirs['rounds']:.1f} rounds of dialogue and "
-        f"{theirs['vqa']:.1f} visual questions.",
+        f"{theirs['vqa']:.1f} visual questions, and there are {theirs['images']:.1f} different images per item.",
     )
     types = list(numbers["types"].items())
     rest = sum(count for _, count in types[ROWS:])
