@@ -105,6 +105,7 @@ def test_what_the_text_says_is_accepted(question, answer):
         ("Who won?", "Mira Solt <|im_end|>", "the mark '<|im_end|>'"),
         ("???", "Mira Solt", "asks nothing"),
         ("Who won?", "...", "the answer is empty"),
+        ("Who won?", "The one.", "the answer says nothing"),
         ("Who won?", "Mira Solt " * (ANSWER_WORDS_AT_MOST // 2 + 1), f"at most {ANSWER_WORDS_AT_MOST} are wanted"),
         ("Who won " + "the vote " * 20 + "?", "Mira Solt", "the question has 43 words, at most 40"),
     ],
@@ -128,6 +129,13 @@ def test_a_source_that_is_what_the_text_is_about_may_be_named():
     ):
         given = Dialogue(rounds=[Round(question=question, answer="Fishing.")])
         assert (check_dialogue(item, given)[0] is not None) is accepted
+
+
+def test_what_the_text_calls_unknown_may_be_called_so():
+    item = KnowledgeItem("u", "news", "crime", "A theft", "The thief is unknown. The motive was not disclosed.")
+    pairs = [("Who is the thief?", "Unknown."), ("Which motive was there?", "It was not disclosed.")]
+    given = Dialogue(rounds=[Round(question=question, answer=answer) for question, answer in pairs])
+    assert check_dialogue(item, given) == (given, [])
 
 
 def test_questions_are_asked_once():

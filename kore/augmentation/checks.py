@@ -209,7 +209,7 @@ def _answer_faults(item: KnowledgeItem, question: str, answer: str, most: int, s
     bare = fold(answer).strip(" .!")
     if not bare:
         return ["the answer is empty"]
-    if bare in _BARE_NO_ANSWER or _NO_ANSWER.search(answer):
+    if _no_answer(item, answer):
         return ["the answer says that it is not known; ask only what the text answers"]
     faults = []
     if (count := word_count(answer)) > most:
@@ -231,7 +231,7 @@ def _answer_faults(item: KnowledgeItem, question: str, answer: str, most: int, s
             faults.append('the answer is "Yes" to a question whose words are not in the text')
         return faults
     if not new:
-        faults.append("the answer stands in the question already")
+        faults.append("the answer stands in the question already" if _content(answer) else "the answer says nothing")
         return faults
     missing = [token for token in new if not evidence.has(token)]
     others = [token for token in missing if token not in unknown]
@@ -241,6 +241,16 @@ def _answer_faults(item: KnowledgeItem, question: str, answer: str, most: int, s
             f"{_quoted(token.shown for token in others[:6])}; keep to the words of the text"
         )
     return faults
+
+
+def _no_answer(item: KnowledgeItem, answer: str) -> bool:
+    """Whether an answer says that there is none, in words that the text does not have itself."""
+    own = fold(evidence_text(item))
+    bare = fold(answer).strip(" .!")
+    if bare in _BARE_NO_ANSWER:
+        return not holds(own, bare)
+    match = _NO_ANSWER.search(answer)
+    return match is not None and fold(match[0]) not in own
 
 
 def _sentence(place: str, faults: Sequence[str]) -> str:
@@ -299,7 +309,7 @@ def check_caption(item: KnowledgeItem, answer: Caption, seen: Iterable[str] = ()
             faults.append(f"it has {_missing(unknown)}")
         if faults:
             reasons.append(_sentence(place, faults))
-    if _NO_ANSWER.search(answer.summary):
+    if _no_answer(item, answer.summary):
         reasons.append("The summary says that something is not known; tell what the text says.")
     if (share := supported(evidence_text(item), answer.summary)) < SUPPORT:
         missing = [token.shown for token in _content(answer.summary) if not evidence.has(token)]
