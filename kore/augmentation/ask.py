@@ -207,7 +207,7 @@ class Asker:
                 "prompt_tokens": reply.prompt_tokens,
                 "completion_tokens": reply.completion_tokens,
             }
-            return Reply(**self.cache.put(CACHE_KIND, key, value))
+            return Reply(**self.cache.put(CACHE_KIND, key, value, durable=True))
 
     def _stored(self, key: Mapping[str, Any]) -> Reply | None:
         value = self.cache.get(CACHE_KIND, key)

@@ -53,10 +53,18 @@ class Cache:
         """The value stored for the key, or None where there is none or its file is corrupt."""
         return self._read(self.path(kind, key))
 
-    def put(self, kind: str, key: Mapping[str, Any], value: Any, *, replace: bool = False) -> Any:
+    def put(
+        self, kind: str, key: Mapping[str, Any], value: Any, *, replace: bool = False, durable: bool = False
+    ) -> Any:
         """Store a JSON value, unless the key has one already; return the one that is stored.
 
-        With ``replace`` the value takes the place of one that is there.
+        Args:
+            kind: The folder of the entry.
+            key: What the value depends on.
+            value: Is not None.
+            replace: Whether it takes the place of one that is there.
+            durable: Whether it is on the disk when this returns, which takes milliseconds: for what costs money. A
+                process that is killed loses nothing either way.
 
         Raises:
             TypeError: Key or value is not JSON.
@@ -70,7 +78,7 @@ class Cache:
             if stored is not None:
                 return stored
             try:
-                atomic_write(path, text)
+                atomic_write(path, text, durable=durable)
             except OSError as error:
                 raise KoreError(
                     f"{path}: the cache cannot be written ({error.strerror or type(error).__name__}); "

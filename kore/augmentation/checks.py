@@ -173,7 +173,7 @@ def _yes_or_no(answer: str) -> str | None:
 
 def _about_source(item: KnowledgeItem, text: str) -> str | None:
     """The words by which a question or answer points at the text it was made from, or None."""
-    own = fold(evidence_text(item))
+    own = _evidence(evidence_text(item)).text
     for match in _SOURCE.finditer(text):
         if match["strong"] or fold(match["noun"]) not in own:
             return match[0]
@@ -245,7 +245,7 @@ def _answer_faults(item: KnowledgeItem, question: str, answer: str, most: int, s
 
 def _no_answer(item: KnowledgeItem, answer: str) -> bool:
     """Whether an answer says that there is none, in words that the text does not have itself."""
-    own = fold(evidence_text(item))
+    own = _evidence(evidence_text(item)).text
     bare = fold(answer).strip(" .!")
     if bare in _BARE_NO_ANSWER:
         return not holds(own, bare)

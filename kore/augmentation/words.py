@@ -87,6 +87,8 @@ class Token:
 
 def fold(text: str) -> str:
     """Without case, accents and typographic variants."""
+    if text.isascii():
+        return text.casefold()
     decomposed = unicodedata.normalize("NFKD", text.replace("’", "'").replace("ß", "ss"))
     return "".join(char for char in decomposed if not unicodedata.combining(char)).casefold()
 
