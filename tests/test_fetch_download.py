@@ -299,17 +299,27 @@ def test_a_long_retry_after_is_not_waited_for_and_not_broken(server):
 
 
 def test_hosts_are_asked_at_a_pace(monkeypatch):
-    clock, slept = [100.0], []
+    clock, slept, interrupt = [100.0], [], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock[0] += seconds
+        if interrupt:
+            interrupt.pop()()
+
     monkeypatch.setattr("kore.fetch.pacing.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("kore.fetch.pacing.time.sleep", slept.append)
+    monkeypatch.setattr("kore.fetch.pacing.time.sleep", sleep)
     pacer = Pacer()
     for host in ("a", "a", "b", "a"):
-        pacer.wait(host, 2.0)
-    assert slept == [0.0, 2.0, 0.0, 4.0]
+        assert pacer.wait(host, 2.0, 60.0) == 0
+    assert slept == [0.0, 2.0, 0.0, 2.0]
     pacer.block("b", 30.0)
-    assert pacer.blocked("b") == 30.0 and pacer.blocked("a") == 0.0
-    pacer.wait("b", 2.0)
-    assert slept[-1] == 30.0
+    assert pacer.wait("b", 2.0, 20.0) == 30.0 and slept[-1] == 2.0
+    assert pacer.wait("b", 2.0, 60.0) == 0 and slept[-1] == 30.0
+    interrupt.append(lambda: pacer.block("b", 10.0))
+    assert pacer.wait("b", 2.0, 60.0) == 0 and slept[-2:] == [2.0, 10.0]
+    interrupt.append(lambda: pacer.block("b", 99.0))
+    assert pacer.wait("b", 2.0, 60.0) == 99.0 and slept[-1] == 2.0
 
 
 def test_keys_of_the_query_reach_no_message(server, caplog):

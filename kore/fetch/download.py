@@ -96,6 +96,10 @@ def _said(body: bytes, url: str) -> str:
     return f" ({''.join(letter for letter in text if letter.isprintable())[:200]})"
 
 
+class LeftAlone(Unavailable):
+    """The server asks for a silence longer than this program waits."""
+
+
 class Answered(KoreError):
     """The server answers with a lasting error; ``status`` is its number."""
 
@@ -160,8 +164,10 @@ class Downloader:
         for attempt in range(1, self.limits.attempts + 1):
             try:
                 return self._follow(url, accept, check)
-            except Unavailable as error:
-                if attempt == self.limits.attempts or getattr(error, "final", False):
+            except LeftAlone:
+                raise
+            except Unavailable:
+                if attempt == self.limits.attempts:
                     raise
                 time.sleep(self.limits.backoff * 2 ** (attempt - 1))
         raise AssertionError
@@ -200,11 +206,9 @@ class Downloader:
     def _once(self, target: Target, accept: str, check: Callable[[bytes, str], None] | None) -> Download | str:
         """The response to one request, or where it redirects to."""
         shown = redact(target.url)
-        blocked = self._pacer.blocked(target.host)
-        if blocked > self.limits.max_wait:
-            raise _final(f"{shown}: {target.host} asks to be left alone for {blocked:.0f} s; try again later")
         addresses = self._addresses(target)
-        self._pacer.wait(target.host, self.limits.delay)
+        if silence := self._pacer.wait(target.host, self.limits.delay, self.limits.max_wait):
+            raise LeftAlone(f"{shown}: {target.host} asks to be left alone for {silence:.0f} s; try again later")
         headers = {"User-Agent": self.agent, "Accept": accept}
         deadline = Deadline(self.limits.timeout, self.limits.read_timeout)
         try:
@@ -244,7 +248,7 @@ class Downloader:
             wait = _retry_after(exchange.headers)
             self._pacer.block(target.host, wait)
             if wait > self.limits.max_wait:
-                raise _final(f"{message} and asks to be left alone for {wait:.0f} s; try again later")
+                raise LeftAlone(f"{message} and asks to be left alone for {wait:.0f} s; try again later")
             raise Unavailable(message)
         encoding = exchange.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", ""):
@@ -267,13 +271,6 @@ class Downloader:
         if check:
             check(bytes(body), shown)
         return bytes(body)
-
-
-def _final(message: str) -> Unavailable:
-    """A passing failure that no attempt of this run will overcome."""
-    error = Unavailable(message)
-    error.final = True  # type: ignore[attr-defined]
-    return error
 
 
 def _describe(body: bytes) -> str:

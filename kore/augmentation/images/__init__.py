@@ -75,7 +75,7 @@ def make_images(settings: ImageSettings, folder: Path, cache: Cache) -> Images:
     download = None
     if settings.kind in ("commons", "google", "serpapi"):
         hosts = settings.allow or commons.HOSTS
-        limits = DownloadLimits(max_bytes=settings.max_bytes, timeout=settings.timeout, delay=settings.delay)
+        limits = DownloadLimits(settings.max_bytes, settings.timeout, delay=settings.delay, attempts=2)
         download = Downloader(Allowlist(hosts), limits, contact=settings.contact)
     caps = {"max_bytes": settings.max_bytes, "max_pixels": settings.max_pixels, "max_side": settings.max_side}
     store = ImageStore(folder, download, **caps)

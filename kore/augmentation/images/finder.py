@@ -55,9 +55,11 @@ class Images:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Images that could not be had, in an order that does not depend on threads."""
+        """Images that could not be had, in an order that does not depend on threads; those that no search could look at
+        are among them, with an empty query."""
+        skipped = dict(getattr(self.source, "skipped", {}))
         with self._lock:
-            return tuple(sorted(self._problems))
+            return tuple(sorted({*self._problems, *(Problem("", place, why) for place, why in skipped.items())}))
 
     def find(
         self, query: str, original: StoredImage | Path | None = None, keep: int | None = None

@@ -26,7 +26,7 @@ class FolderSource:
 
     With a CLIP model the query's embedding is compared with those of all images, so there is always a nearest one.
     Without a model file names and captions have to share a word with the query. ``method`` says which of the two it is,
-    ``skipped`` which images could not be read, and why.
+    ``skipped`` maps the places of images that could not be read to the reasons.
 
     Args:
         path: A folder of images, a data set of ``save_to_disk``, or parquet.
@@ -47,7 +47,7 @@ class FolderSource:
         self._entries = digest([vars(entry) for entry in self._catalog.entries])
         self._words = None if clip else WordIndex([entry.words for entry in self._catalog.entries])
         self.method = "clip" if clip else "words"
-        self.skipped: list[str] = []
+        self.skipped: dict[str, str] = {}
 
     local = True
     """Its results are places on this machine, found without asking anybody: they need no cache."""
@@ -83,9 +83,7 @@ class FolderSource:
         return [self._readable[row] for row in order]
 
     def _skip(self, number: int, error: Exception) -> None:
-        reason = f"{self._catalog.entries[number].place}: {error}"
-        if reason not in self.skipped:
-            self.skipped.append(reason)
+        self.skipped[self._catalog.entries[number].place] = str(error)
 
     def _index(self) -> numpy.ndarray:
         """The embeddings of all readable images, computed once and kept on disk by the images' content."""
@@ -109,7 +107,7 @@ class FolderSource:
             _save(file, known)
         self._readable = [number for number, sha256 in enumerate(shas) if sha256 in known]
         if not self._readable:
-            raise DataError(f"none of {len(self)} images can be read; the first: {self.skipped[0]}")
+            raise DataError(f"none of {len(self)} images can be read; the first: {next(iter(self.skipped.values()))}")
         self._content = digest([shas[number] for number in self._readable])
         return numpy.stack([known[str(shas[number])] for number in self._readable])
 
