@@ -106,7 +106,10 @@ class AugmentConfig(Section):
     questions: int = Field(default=5, ge=1, le=5)
     """Most visual questions of an item."""
     general: str | None = None
-    """A general augmentation in place of the tasks, for comparison."""
+    """A general augmentation in place of the tasks, for comparison: text-aware, text-agnostic, image-aware or
+    image-agnostic."""
+    general_samples: int = Field(default=8, ge=1, le=100)
+    """Conversations that a general augmentation makes of an item."""
     seed: int = 0
     workers: int = Field(default=4, ge=1, le=256)
     """Items worked on at a time."""

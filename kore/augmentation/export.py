@@ -9,6 +9,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -109,6 +110,7 @@ def write_outputs(
     return tally, written + images.files()
 
 
+_NUMBERED = re.compile(r"^(?:question|round) \d+: ", re.IGNORECASE)
 _FILES = {"sharegpt": SHAREGPT, "openai": OPENAI, "plain": PLAIN}
 
 
@@ -120,7 +122,7 @@ def dataset_info(name: str) -> dict[str, Any]:
 
 def reason_kind(reason: str) -> str:
     """The first words of a reason, which many failures share."""
-    return reason.split(":", 1)[0].split(";", 1)[0].strip()[:80]
+    return _NUMBERED.sub("", reason).split(":", 1)[0].split(";", 1)[0].strip()[:80]
 
 
 class _Images:

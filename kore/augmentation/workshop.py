@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kore.augmentation.types import Generator
 
 IMAGE_STORE = "images"
+_MADE_BY = {"tasks", "rounds", "questions", "general", "general_samples", "seed", "attempts"}
 # What changes neither answers nor images.
 _IMAGE_TRIFLES = {"delay", "timeout", "contact", "device"}
 
@@ -97,7 +98,15 @@ class Workshop:
         if config.general is not None:
             from kore.augmentation.general import augment_general
 
-            return augment_general(item, config.general, self.texts, self.asker, self.images, config.seed)
+            return augment_general(
+                item,
+                config.general,
+                self.texts,
+                self.asker,
+                self.images,
+                config.seed,
+                samples=config.general_samples,
+            )
         return make_samples(
             item,
             self.texts,
@@ -112,7 +121,7 @@ class Workshop:
 
 def run_identity(config: AugmentConfig, texts: Texts, generator: Generator, images: Any) -> dict[str, Any]:
     """What the results of all items depend on, beside the items themselves."""
-    own = config.model_dump(mode="json", include={"tasks", "rounds", "questions", "general", "seed", "attempts"})
+    own = config.model_dump(mode="json", include=_MADE_BY)
     source = getattr(images, "source", None)
     return {
         **own,

@@ -53,7 +53,10 @@ def augment(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Of dialogue,recognition,caption,vqa; by default all.")] = None,
     general: Annotated[
-        str | None, typer.Option(help="A general augmentation in place of the tasks, for comparison.")
+        str | None,
+        typer.Option(
+            help="In place of the tasks, for comparison: text-aware, text-agnostic, image-aware or image-agnostic."
+        ),
     ] = None,
     export: Annotated[
         str | None, typer.Option(help="Beside LLaVA's format: sharegpt,openai,plain, separated by commas.")

@@ -1,0 +1,86 @@
+"""``kore augment`` on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kore.cli import main
+from kore.data import load_conversations
+from tests.augment_knowledge import write_knowledge
+from tests.augment_server import ScriptedServer
+from tests.test_augment_run import Talkative, files_of
+from tests.test_cli import fails
+
+
+@pytest.fixture
+def knowledge(tmp_path):
+    return write_knowledge(tmp_path / "data" / "knowledge.jsonl", 4)
+
+
+def test_from_knowledge_to_data_that_kore_trains_on(knowledge, tmp_path, capsys):
+    words = ["augment", str(knowledge), "-o", str(tmp_path / "out"), "--export", "sharegpt,openai"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    for text in ("dialogue", "4 items, 4 images", f"result: {tmp_path}/out/llava.json", "quality.html"):
+        assert text in shown
+    rows = load_conversations(tmp_path / "out" / "llava.json")
+    assert {row.id.partition("-")[2].split("-")[1] for row in rows} == {"dialogue", "recognition", "caption", "vqa"}
+    before = files_of(tmp_path / "out")
+    assert main(words) == 0
+    assert "(4 of them done before)" in capsys.readouterr().out and files_of(tmp_path / "out") == before
+
+
+def test_a_dry_run_says_what_it_would_cost(knowledge, tmp_path, capsys):
+    with ScriptedServer(Talkative(knowledge)) as server:
+        words = ["augment", str(knowledge), "-o", str(tmp_path / "out"), "-m", "scripted", "--base-url", server.url]
+        words += ["--set", "generator.price_input=1000", "--set", "generator.price_output=1000", "--dry-run"]
+        assert main(words) == 0
+        assert not server.requests
+    shown = capsys.readouterr().out
+    assert "4 items, 0 of them done; nothing was asked or written" in shown and "requests: 12," in shown
+    assert float(shown.partition("cost: ")[2].split()[0]) > 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["text-agnostic", "image-agnostic"])
+def test_general_augmentation_is_exact_too(method, knowledge, tmp_path):
+    common = ["augment", str(knowledge), "--general", method, "--set", "general_samples=3", "--set", "quality=false"]
+    for workers in ("1", "4"):
+        assert main([*common, "-o", str(tmp_path / workers), "--workers", workers]) == 0
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "4")
+    assert len(json.loads((tmp_path / "1" / "llava.json").read_text())) == 12
+
+
+def test_mistakes_are_one_clear_line(knowledge, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    common = ["augment", knowledge, "-o", tmp_path / "out"]
+    for words, message in (
+        (["--set", "generator.kid=x"], "unknown key generator.kid; did you mean generator.kind?"),
+        (["--tasks", "dialog"], "tasks"),
+        (["-g", "openai"], "kind openai needs the name the server knows"),
+        (["--set", "generator.model=x"], "kind rules uses none; set kind to openai or local"),
+        (["-m", "gpt"], "OPENAI_API_KEY"),
+        (["--images", "commons"], "contact"),
+        (["--images", str(tmp_path / "none")], "none"),
+        (["--general", "mixup"], "expected one of text-aware, text-agnostic"),
+        (["--set", "columns.headline=title"], "knowledge has no column 'headline'"),
+        (["--export", "csv"], "export"),
+        (["--set", "rounds=11"], "rounds: "),
+        (["--texts", str(tmp_path / "texts")], "texts"),
+        (["--set", "image_root=nowhere"], "nowhere"),
+    ):
+        assert message in fails(capsys, [*common, *words]), words
+    assert not (tmp_path / "out" / "llava.json").exists()
+    assert "no such knowledge file" in fails(capsys, ["augment", tmp_path / "x.jsonl", "-o", tmp_path / "o"])
+
+
+def test_no_message_repeats_a_key_that_stands_in_the_wrong_place(knowledge, tmp_path, capsys):
+    common = ["augment", knowledge, "-o", tmp_path / "out", "-m", "x"]
+    for setting in (
+        "generator.api_key_env=sk-secret-123",
+        "generator.base_url=http://me:sk-secret-123@localhost/v1",
+        "generator.base_url=http://localhost/v1?key=sk-secret-123",
+    ):
+        assert "sk-secret-123" not in fails(capsys, [*common, "--set", setting])
