@@ -128,6 +128,24 @@ def test_a_refusal_that_is_none_of_the_form_is_one_of_the_request():
     assert server.requests[2]["response_format"]["type"] == "json_schema"
 
 
+def test_a_server_that_refuses_everything_is_given_up():
+    refusal = Fault(400, {"message": "no such model"})
+    with ScriptedServer(good, lambda number, body: refusal) as server:
+        asked = generator(server, structured="prompt")
+        for _ in range(2):
+            with pytest.raises(NotGenerated):
+                asked.generate(request())
+        with pytest.raises(KoreError, match=r"no such model.*every one so far") as caught:
+            asked.generate(request())
+    assert not isinstance(caught.value, NotGenerated)
+    with ScriptedServer(good, lambda number, body: refusal if number else None) as server:
+        asked = generator(server)
+        asked.generate(request())
+        for _ in range(5):
+            with pytest.raises(NotGenerated):
+                asked.generate(request())
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

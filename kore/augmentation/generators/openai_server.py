@@ -22,6 +22,7 @@ URL_VARIABLE = "OPENAI_BASE_URL"
 OPENAI = "https://api.openai.com/v1"
 _NO_KEY = "none"
 _SHOWN = 300
+_REFUSED_AT_FIRST = 3
 Structured = Literal["auto", "json_schema", "json_object", "prompt", "none"]
 _SIMPLER = {"json_schema": "json_object", "json_object": "prompt"}
 
@@ -155,6 +156,7 @@ class OpenAIGenerator:
         self._structured = "prompt" if structured == "none" else structured
         self._form = _Form("json_schema" if structured == "auto" else self._structured)
         self._settled = structured != "auto"
+        self._answered, self._refused = False, 0
         self._lock = threading.Lock()
         self._client = openai.OpenAI(
             api_key=self._secret or _NO_KEY,
@@ -185,7 +187,7 @@ class OpenAIGenerator:
         Raises:
             Unavailable: A time-out, a broken connection, too many requests, a fault of the server.
             NotGenerated: The server refuses this request.
-            KoreError: The key, the model or the address is wrong.
+            KoreError: The key, the model or the address is wrong, or the server has refused every request so far.
         """
         with self._lock:
             form, settled = self._form, self._settled
@@ -194,7 +196,7 @@ class OpenAIGenerator:
             if error is None:
                 reply = self._reply(completion)
                 with self._lock:
-                    self._form, self._settled = form, True
+                    self._form, self._settled, self._answered = form, True, True
                 return reply
             simpler = self._adapted(form, error, settled)
             if simpler is None:
@@ -308,4 +310,12 @@ class OpenAIGenerator:
             passing = Unavailable(f"{where}: {what} ({said})")
             passing.retry_after = _retry_after(response.headers) if response is not None else None
             return passing
-        return NotGenerated(f"{where}: the server refuses the request with status {status} ({said})", [said])
+        refused = f"{where}: the server refuses the request with status {status} ({said})"
+        with self._lock:
+            self._refused += 1
+            hopeless = not self._answered and self._refused >= _REFUSED_AT_FIRST
+        if hopeless:
+            return KoreError(
+                f"{refused}, as it did with every one so far; see the settings of generator and the server"
+            )
+        return NotGenerated(refused, [said])
