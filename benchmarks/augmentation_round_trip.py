@@ -31,6 +31,7 @@ RESULT, TEXTS = HERE / "results" / "augmentation_round_trip.json", HERE / "augme
 FIRST_WORLD = 1
 DRAWINGS = 5
 PASSES = 4
+GENERAL = ("text-agnostic", "image-aware", "image-agnostic")
 MARKS = ("ka", "kr", "avg")
 
 
@@ -56,6 +57,9 @@ ROWS = {
     "kore-plain": Row("KORE, plain articles", "plain", _KORE, "kore-no-augmentation"),
     "kore-plain-fast": Row("KORE, plain articles, the rate of augmented data", "plain", _KORE, "kore"),
     "kore-plain-images": Row("KORE, plain articles with the images of the augmentation", "plain-images", _KORE, "kore"),
+    "kore-text-agnostic": Row("KORE, general: text, knowledge-agnostic", "text-agnostic", _KORE, "kore"),
+    "kore-image-aware": Row("KORE, general: images, semantic-preserving", "image-aware", _KORE, "kore"),
+    "kore-image-agnostic": Row("KORE, general: images, knowledge-agnostic", "image-agnostic", _KORE, "kore"),
     "kore-augmented": Row("KORE, kore.augmentation", "augmented", _KORE, "kore"),
     "kore-demo": Row("KORE, the demo's own augmentation", "demo", _KORE, "kore"),
     "lora-plain": Row("LoRA, plain articles", "plain", _LORA, "lora"),
@@ -113,6 +117,15 @@ def training_files(
     return files, made
 
 
+def general_file(directory: Path, world: int, method: str) -> Path:
+    """A world's knowledge by general augmentation, eight conversations a creature."""
+    from kore.augmentation import AugmentConfig, augment
+
+    knowledge, _ = write_knowledge(directory, world)
+    config = AugmentConfig.model_validate({"texts": TEXTS, "general": method, "quality": False})
+    return augment(knowledge, config, directory / method, progress=False).data
+
+
 def plain_with_images(directory: Path, world: int, files: list[Path]) -> Path:
     """Each article with each image that the augmentation uses for it: what images alone add."""
     images: dict[str, set[str]] = {creature.name: set() for creature in creatures(world)}
@@ -163,6 +176,7 @@ def run(directory: Path, worlds: int, budget: Budget, output: Path | None) -> di
         data = {
             "plain": inputs.plain,
             "plain-images": load_conversations(plain_with_images(folder, world, files)),
+            **{method: load_conversations(general_file(folder, world, method)) for method in GENERAL},
             "augmented": load_conversations(files),
             "demo": inputs.augmented,
         }

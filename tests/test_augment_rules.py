@@ -109,7 +109,7 @@ def test_a_schema_of_another_sort_is_refused():
     class Other(BaseModel):
         text: str
 
-    with pytest.raises(KoreError, match=r"cannot make a Other.*language model"):
+    with pytest.raises(KoreError, match=r"no rule for Other.*language model"):
         ask(TOWER, Other)
 
 

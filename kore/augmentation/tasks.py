@@ -150,9 +150,9 @@ class _Work:
                 question = refer(given.question, given.subject, given.hypernym, self.texts, drawing)
                 image, similarity = self._image_of(given.subject, given.hypernym)
                 if (question, image.sha256) in seen:
-                    raise NotMade(f"{question!r} is asked twice about the same image")
+                    raise NotMade(f"asked twice about the same image: {question!r}")
             except (NotMade, Unavailable) as error:
-                self.fail("vqa", f"question {number}: {error}", passing=isinstance(error, Unavailable))
+                self.fail("vqa", f"{error} (question {number})", passing=isinstance(error, Unavailable))
                 continue
             seen.add((question, image.sha256))
             turn = (self.texts.instructed(drawing, question, "short"), given.answer)
@@ -184,7 +184,7 @@ class _Work:
         except (ConfigError, Unavailable):
             raise
         except KoreError as error:
-            raise NotMade(f"the search for {query!r}: {error}") from None
+            raise NotMade(f"the image search failed: {error} (searched for {query!r})") from None
 
     def _image(self, rank: int) -> _Found:
         """The retained image of this rank for the title, or what stands in for it; see the module."""
@@ -234,7 +234,7 @@ def refer(question: str, subject: str, hypernym: str, texts: Texts, rng: Any) ->
     bare = re.sub(r"^(?:the|an?)\s+", "", subject.strip(), flags=re.IGNORECASE)
     name = r"\s+".join(re.escape(word) for word in bare.split())
     if not name:
-        raise NotMade(f"the subject of {question!r} is empty")
+        raise NotMade(f"the subject is empty: in {question!r}")
 
     def replace(match: re.Match[str]) -> str:
         owns = re.match(r"['’](?:s\b|(?!\w))", question[match.end() :]) is not None
@@ -244,7 +244,7 @@ def refer(question: str, subject: str, hypernym: str, texts: Texts, rng: Any) ->
 
     replaced, count = re.subn(rf"(?<!\w)(?:(?:the|an?)\s+)?{name}(?!\w)", replace, question, flags=re.IGNORECASE)
     if count == 0:
-        raise NotMade(f"the subject {subject!r} does not stand in {question!r}")
+        raise NotMade(f"the subject does not stand in its question: {subject!r} in {question!r}")
     return replaced
 
 

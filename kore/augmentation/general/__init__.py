@@ -1,7 +1,7 @@
 """General augmentation, to compare with: the article in other words, or its image in other forms.
 
-As in the paper's comparison (Table 6) there are four methods. Each makes conversations of one round, the article as the
-answer; the first is always the article and its image as they are.
+As in the paper's comparison (Table 6) there are four methods. Each makes conversations of one round, a request for a
+caption with the article as the answer; the first is always the article and its image as they are.
 
 * ``text-aware``: a language model rewrites the text and keeps its facts.
 * ``text-agnostic``: words are replaced by synonyms, swapped or deleted, whatever they mean.
@@ -12,6 +12,7 @@ answer; the first is always the article and its image as they are.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 GENERAL = ("text-aware", "text-agnostic", "image-aware", "image-agnostic")
 SAMPLES = 8
-_SHORTEST, _LONGEST = 0.4, 1.6
+_SHORTEST = 0.4
 _TRIES = 8
 
 
@@ -95,8 +96,10 @@ def _variants(
 ) -> Iterator[tuple[tuple[str, str], StoredImage | None]]:
     image = None if item.image is None or images is None else images.store.keep(item.image)
     rng = stream(seed, item.id, "dialogue")
-    key = item.category if image is not None else f"{item.category}_without_image"
-    question = texts.round(rng, "dialogue", key, **item_words(item))[0]
+    if image is None:
+        question = texts.round(rng, "dialogue", f"{item.category}_without_image", **item_words(item))[0]
+    else:
+        question = texts.instructed(rng, texts.line(rng, "caption", item.category, **item_words(item)), "paragraph")
     yield (question, item.text), image
     told = {_plain(item.text)}
     for number in range(1, samples):
@@ -110,7 +113,7 @@ def _variants(
             try:
                 text = _rephrased(item, texts, asker, drawing, number, samples - 1, told)
             except NotGenerated as error:
-                failures.append(Failure(item.id, "dialogue", f"version {number}: {error}"))
+                failures.append(Failure(item.id, "dialogue", f"{error} (version {number})"))
                 continue
         else:
             groups = texts.variants("synonyms", "groups")
@@ -133,7 +136,7 @@ def _rephrased(
         type=item.type,
         category=item.category,
         text=re.sub(r"</?text>", "", item.text),
-        words=int(_LONGEST * words),
+        words=_longest(words),
         number=number,
         count=count,
     )
@@ -158,12 +161,16 @@ def rephrasing_faults(item: KnowledgeItem, text: str) -> list[str]:
     evidence = f"{item.title}\n{item.text}"
     if strange := sorted({name for name in _inner_names(text) if supported(evidence, name) < 1}):
         faults.append(f"The text names {', '.join(strange[:6])}, which the original does not; add nothing.")
-    share = len(text.split()) / max(1, len(item.text.split()))
-    if not _SHORTEST <= share <= _LONGEST:
-        faults.append(
-            f"The text has {share:.0%} of the original's words; keep between {_SHORTEST:.0%} and {_LONGEST:.0%}."
-        )
+    words, own = len(text.split()), len(item.text.split())
+    if not _SHORTEST * own <= words <= _longest(own):
+        least = math.ceil(_SHORTEST * own)
+        faults.append(f"The text has {words} words; keep between {least} and {_longest(own)}.")
     return faults
+
+
+def _longest(words: int) -> int:
+    """The longest that a text of so many words may become."""
+    return words + max(10, words // 2)
 
 
 def _changed(image: StoredImage, item: KnowledgeItem, images: Images, aware: bool, rng: Any) -> StoredImage:

@@ -57,7 +57,7 @@ class RulesGenerator:
         maker = makers.get(request.schema)
         if maker is None:
             raise KoreError(
-                f"the generator by rules cannot make a {request.schema.__name__}; choose a language model for it"
+                f"the generator by rules has no rule for {request.schema.__name__}; choose a language model"
             )
         rng = stream(request.seed, request.item.title, request.task, request.attempt)
         return Reply(json.dumps(maker(request.item, rng), ensure_ascii=False))
