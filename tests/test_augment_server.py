@@ -262,6 +262,7 @@ def test_a_server_that_wants_a_key_says_where_to_put_it():
         (dict(base_url="http://me:secretword@host/v1"), "without user and password"),
         (dict(base_url="http://host/v1", api_key_env="NOT_THERE"), "NOT_THERE .* is not set"),
         (dict(), "OPENAI_API_KEY .* is not set"),
+        (dict(base_url="http://host/v1", api_key_env="sk-secretword"), "not the key itself"),
         (dict(base_url="http://host/v1", structured="yaml"), "generator.structured"),
     ],
 )

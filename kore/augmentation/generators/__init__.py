@@ -42,10 +42,5 @@ def make_generator(config: Any) -> Generator:
 
 
 def _given(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """The named settings that there are. A variable for the key counts only where the user names it."""
-    chosen = getattr(config, "model_fields_set", set(names))
-    return {name: getattr(config, name) for name in names if hasattr(config, name) and _wanted(name, chosen)}
-
-
-def _wanted(name: str, chosen: set[str]) -> bool:
-    return name != "api_key_env" or name in chosen
+    """The named settings that there are."""
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}

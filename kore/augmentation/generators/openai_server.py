@@ -73,6 +73,11 @@ def _key(variable: str | None, own_server: bool) -> str | None:
     must not reach another server because it happened to be set.
     """
     name = variable or KEY_VARIABLE
+    if not name.isidentifier():
+        raise ConfigError(
+            "generator.api_key_env: expected the name of an environment variable, not the key itself; run "
+            f"`export {KEY_VARIABLE}=...` and give {KEY_VARIABLE}"
+        )
     if variable is None and own_server:
         return None
     value = os.environ.get(name, "").strip()
