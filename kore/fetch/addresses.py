@@ -79,15 +79,14 @@ def is_public(address: str) -> bool:
 
 
 def redact(url: str) -> str:
-    """The URL for messages: without user, password, fragment and the values of its query, where keys are kept."""
+    """The URL for messages: without user, password, fragment and query, where keys are kept."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
         return "(a malformed URL)"
     host = f"[{host}]" if ":" in host else host
-    names = [pair.partition("=")[0] for pair in parts.query.split("&") if "=" in pair]
-    query = "?" + "&".join(f"{name}=…" for name in names) if names else "?…" if parts.query else ""
+    query = "?…" if parts.query else ""
     text = f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}{query}"
     return "".join(letter for letter in text if letter.isprintable())[:300]
 

@@ -84,7 +84,7 @@ class Exchange:
             self._sock.connect((address, target.port))
             if target.scheme == "https":
                 self._sock.settimeout(deadline.left())
-                context = context or ssl.create_default_context()
+                assert context is not None, "https needs a context"
                 self._sock = context.wrap_socket(self._sock, server_hostname=target.host)
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.sock = _Socket(self._sock, deadline)  # type: ignore[assignment]

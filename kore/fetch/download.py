@@ -140,7 +140,7 @@ class Downloader:
         Raises:
             Refused: The rules forbid the URL, one of its addresses, or where it redirects to.
             Unavailable: A passing failure, after :attr:`DownloadLimits.attempts` attempts.
-            KoreError: A lasting one, such as a missing page or a body over the cap. No message holds a query's values.
+            KoreError: A lasting one, such as a missing page or a body over the cap. No message holds a query.
         """
         return self._get(url, accept, None)
 
@@ -226,6 +226,8 @@ class Downloader:
     def _connect(
         self, target: Target, addresses: Sequence[str], headers: Mapping[str, str], deadline: Deadline
     ) -> Exchange:
+        if target.scheme == "https" and self._context is None:
+            self._context = ssl.create_default_context()
         for address in addresses[:-1]:
             try:
                 return Exchange(target, address, headers, deadline, self._context)
