@@ -69,6 +69,12 @@ def test_what_facts_leave_is_asked_with_a_gap():
     assert gaps[question].rstrip(".") in TOWER.text and gaps[question].rstrip(".") not in question
 
 
+def test_a_gap_is_not_filled_by_the_rest_of_its_sentence():
+    text = "the cat came early. in the year of version 2 it was 2 days late, and Paris saw more of Paris again."
+    item = KnowledgeItem("x", "entity", "cat", "Zog", text)
+    assert not any("____" in each.question for each in ask(item, Dialogue).rounds)
+
+
 def test_a_fact_that_no_sentence_holds_is_answered_by_its_value():
     assert dict(given_facts(TOWER)).keys() == {"location", "height", "designer", "paint_job"}
     rounds = {each.question: each.answer for each in ask(TOWER, Dialogue).rounds}
@@ -140,6 +146,7 @@ def test_names():
         "1889", "French", "Gustave Eiffel", "2,500", "Paris",
     ]  # fmt: skip
     assert names("Only the first is a capital.") == []
+    assert names('He said: "The end is near, When in Rome" and went to The Hague.') == ["Rome", "Hague"]
 
 
 def test_the_beginning_has_whole_sentences_where_they_fit():

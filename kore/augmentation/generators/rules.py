@@ -12,10 +12,11 @@ from kore.augmentation.chance import stream
 from kore.augmentation.schema import Caption, Dialogue, Questions
 from kore.augmentation.texts import Texts, as_written, item_words, load_texts
 from kore.augmentation.types import KnowledgeItem, Reply, Request
+from kore.augmentation.words import FUNCTION_WORDS, tokenize
 from kore.errors import KoreError
 
 ROUNDS, QUESTIONS = 10, 5
-SUMMARY_WORDS, SENTENCE_WORDS, VALUE_WORDS = 25, 40, 5
+SUMMARY_WORDS, SENTENCE_WORDS, GAP_WORDS, VALUE_WORDS = 25, 40, 34, 5
 VERSION = 1
 _ABBREVIATIONS = re.compile(r"(?:mrs?|ms|dr|prof|st|[js]r|gen|col|lt|no|vs|inc|ltd|corp?|\w(?:\.\w)*)", re.IGNORECASE)
 
@@ -123,9 +124,9 @@ class RulesGenerator:
     def _gaps(self, item: KnowledgeItem, said: list[str]) -> Iterator[tuple[str, str]]:
         """Sentences with the last name or number in them that is no part of the title."""
         for sentence in said:
-            if 5 <= len(sentence.split()) <= SENTENCE_WORDS:
+            if 5 <= len(sentence.split()) <= GAP_WORDS:
                 named = [each for each in names(sentence) if not _within(each, item.title)]
-                named = [each for each in named if not _within(item.title, each) and sentence.count(each) == 1]
+                named = [each for each in named if not _within(item.title, each) and _only_there(each, sentence)]
                 if named:
                     yield sentence, named[-1]
 
@@ -147,7 +148,10 @@ def sentences(text: str) -> list[str]:
 
 
 def names(sentence: str) -> list[str]:
-    """Names (words with capitals, not the first of the sentence) and numbers, in order, up to five words each."""
+    """Names (words with capitals, not the first of the sentence) and numbers, in order, up to five words each.
+
+    Words such as "The" and "When" are none, nor does a name begin with one.
+    """
     found: list[tuple[int, int]] = []
     for position, match in enumerate(re.finditer(r"\w(?:[\w'’-]*\w)?(?:[.,]\d+)*", sentence)):
         word = match.group()
@@ -155,7 +159,7 @@ def names(sentence: str) -> list[str]:
             continue
         if found and sentence[found[-1][1] : match.start()] == " ":
             found[-1] = (found[-1][0], match.end())
-        else:
+        elif word.lower() not in FUNCTION_WORDS:
             found.append((match.start(), match.end()))
     texts = [re.sub(r"['’]s$", "", sentence[start:end]) for start, end in found]
     return [text for text in texts if len(text.split()) <= VALUE_WORDS]
@@ -180,6 +184,13 @@ def beginning(text: str, words: int) -> str:
     first = said[0].split()[:words]
     clause = next((i for i in range(len(first), 7, -1) if first[i - 1].endswith((",", ";", ":"))), None)
     return " ".join(first[:clause]).rstrip(",;:–-") + ("." if clause else "…")
+
+
+def _only_there(part: str, sentence: str) -> bool:
+    """Whether a part says something, and the rest of the sentence does not say it too."""
+    said = {token.key for token in tokenize(part) if token.content}
+    rest = {token.key for token in tokenize(sentence.replace(part, " "))}
+    return bool(said) and sentence.count(part) == 1 and not said <= rest
 
 
 def _as_sentence(value: str) -> str:
