@@ -98,13 +98,13 @@ def test_images_in_openai_messages_as_data(results, tmp_path):
 def test_licences_and_failures_are_listed(results, tmp_path):
     tally, _ = write_outputs(results, tmp_path / "out")
     blue, red = json.loads((tmp_path / "out" / "images.json").read_text())
-    assert (blue["file"], blue["licence"], blue["author"], blue["url"]) == (
+    assert (blue["image"], blue["licence"], blue["author"], blue["url"]) == (
         "images/blue.png",
         "CC BY 4.0",
         "Ä. Maler",
         "https://x.org/b",
     )
-    assert red["licence"] == "unknown" and red["path"] == str(tmp_path / "original.jpg") and red["width"] == 12
+    assert red["licence"] == "unknown" and red["file"] == "original.jpg" and red["width"] == 12
     (failure,) = map(json.loads, (tmp_path / "out" / "failures.jsonl").read_text().splitlines())
     assert failure == {
         "item": "f",

@@ -15,15 +15,17 @@ import pytest
 
 from kore.artifacts import read_manifest
 from kore.augmentation import pool
+from kore.augmentation.ask import NotGenerated
 from kore.augmentation.config import AugmentConfig
 from kore.augmentation.generators.rules import RulesGenerator
+from kore.augmentation.guard import Guard, Stop
 from kore.augmentation.items import load_knowledge
 from kore.augmentation.pool import in_threads
 from kore.augmentation.run import KIND, augment
 from kore.augmentation.schema import Caption, Dialogue, Questions
 from kore.augmentation.types import Request
 from kore.cli import main
-from kore.errors import ArtifactError, DataError, KoreError, Unavailable
+from kore.errors import ArtifactError, ConfigError, DataError, KoreError, Unavailable
 from kore.pipeline.stage import only_one
 from tests.augment_knowledge import write_knowledge
 from tests.augment_server import KEY, Fault, ScriptedServer
@@ -85,6 +87,7 @@ def test_any_number_of_workers_writes_the_same_bytes(knowledge, tmp_path):
     manifest = read_manifest(one.out, KIND)
     assert set(manifest["files"]) | {"manifest.json"} == set(files_of(one.out))
     assert manifest["samples"] == one.samples and not one.failures
+    assert str(tmp_path) not in (one.out / "images.json").read_text() and str(tmp_path) not in json.dumps(manifest)
     other = augment(knowledge, config(seed=1), tmp_path / "other", progress=False)
     assert files_of(other.out)["llava.json"] != files_of(one.out)["llava.json"]
 
@@ -136,6 +139,7 @@ def test_faults_of_a_server_change_nothing_in_the_end(knowledge, tmp_path):
     assert not holds(tmp_path, KEY)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_asking_twice(knowledge, tmp_path):
     with ScriptedServer(Talkative(knowledge)) as server:
         whole = augment(knowledge, config(server), tmp_path / "whole", progress=False)
@@ -255,8 +259,6 @@ def test_bad_rows_are_in_the_list_of_failures(knowledge, tmp_path):
 def test_nothing_made_is_an_error(knowledge, tmp_path):
     class Silent(RulesGenerator):
         def generate(self, request):
-            from kore.augmentation.ask import NotGenerated
-
             raise NotGenerated("nothing to say")
 
     with pytest.raises(DataError, match=r"nothing could be made of 6 items, the first reason: .*nothing to say"):
@@ -288,11 +290,38 @@ def test_images_of_a_folder_are_linked_with_their_licence(knowledge, tmp_path):
     listed = json.loads((made.out / "images.json").read_text())
     assert len(listed) == made.images >= 2 and any(entry["licence"] == "CC0" for entry in listed)
     rows = json.loads(made.data.read_text())
-    assert {row["image"] for row in rows} == {entry["file"] for entry in listed}
-    assert all((made.out / entry["file"]).is_file() for entry in listed)
+    assert {row["image"] for row in rows} == {entry["image"] for entry in listed}
+    assert all((made.out / entry["image"]).is_file() for entry in listed)
     # Without the source the images that are not used any more go.
     assert augment(knowledge, config(max_items=1), made.out, progress=False).images == 1
     assert len(list((made.out / "images").iterdir())) == 1
+
+
+def test_a_guard_tells_what_ends_a_run():
+    def failing(error):
+        def call():
+            raise error
+
+        return call
+
+    guard = Guard(4)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            guard.call(failing(Unavailable("x")), lasting=False)
+    # Words that cannot be used are an answer all the same; once there was one, more may fail.
+    with pytest.raises(NotGenerated):
+        guard.call(failing(NotGenerated("x")), lasting=True)
+    for _ in range(3):
+        with pytest.raises(DataError):
+            guard.call(failing(DataError("x")), lasting=False)
+    with pytest.raises(Stop, match="4 requests in a row failed, at last: y"):
+        guard.call(failing(Unavailable("y")), lasting=False)
+    with pytest.raises(Stop):
+        guard.call(lambda: pytest.fail("asked"), lasting=False)
+    with pytest.raises(Stop, match="a wrong key"):
+        Guard(None).call(failing(ConfigError("a wrong key")), lasting=False)
+    with pytest.raises(Unavailable):
+        Guard(None).call(failing(Unavailable("x")), lasting=True)
 
 
 def test_jobs_are_taken_as_there_is_room():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from kore.augmentation.images.store import describe
 from kore.augmentation.types import Failure, ItemResult, Sample, StoredImage
 from kore.data.types import IMAGE_MARK, BadRow
 
@@ -130,7 +131,7 @@ class _Images:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._used: dict[str, dict[str, Any]] = {}
+        self._used: dict[str, str] = {}  # as JSON, which takes a third of the memory
 
     def __len__(self) -> int:
         return len(self._used)
@@ -140,23 +141,12 @@ class _Images:
         name = image.path.name
         if name not in self._used:
             _link(image.path, self.folder / name)
-            candidate = image.candidate
-            self._used[name] = {
-                "file": f"{IMAGES}/{name}",
-                "sha256": image.sha256,
-                "width": image.width,
-                "height": image.height,
-                "licence": candidate.licence,
-                "author": candidate.author,
-                "title": candidate.title,
-                "page": candidate.page,
-                "url": candidate.url,
-                "path": None if candidate.path is None else str(candidate.path),
-            }
+            size = {"sha256": image.sha256, "width": image.width, "height": image.height}
+            self._used[name] = json.dumps({"image": f"{IMAGES}/{name}", **size, **describe(image.candidate)})
         return f"{IMAGES}/{name}"
 
     def used(self) -> Iterator[dict[str, Any]]:
-        yield from (self._used[name] for name in sorted(self._used))
+        yield from (json.loads(self._used[name]) for name in sorted(self._used))
 
     def files(self) -> list[Path]:
         return [self.folder / name for name in sorted(self._used)]

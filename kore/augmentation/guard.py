@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from kore.augmentation.ask import Asker, NotGenerated
-from kore.errors import KoreError, Unavailable
+from kore.errors import ConfigError, KoreError, Unavailable
 
 R = TypeVar("R")
 _BEFORE_THE_FIRST = 3
@@ -25,21 +25,25 @@ class Guard:
     """Counts the failures of one service. Several threads use one.
 
     A request that was answered, even with nothing usable, clears the count. ``stop_after`` failures in a row that may
-    pass, or three where none ever succeeded, raise :class:`Stop`, which no item's own error handling catches.
+    pass, or three where none ever succeeded, raise :class:`Stop`, which no item's own error handling catches. From then
+    on every call raises it, and nothing is asked.
     """
 
     def __init__(self, stop_after: int | None) -> None:
         self._limit = stop_after
         self._lock = threading.Lock()
         self._row, self._answered = 0, False
+        self._stop: Stop | None = None
 
     def call(self, function: Callable[[], R], lasting: bool) -> R:
         """Call it. Raises what it raises, or Stop.
 
         Args:
             function: What to call.
-            lasting: Whether an error other than Unavailable stops at once.
+            lasting: Whether an error other than Unavailable stops at once; a ConfigError always does.
         """
+        if self._stop is not None:
+            raise self._stop
         try:
             result = function()
         except NotGenerated:
@@ -49,8 +53,9 @@ class Guard:
             self._bad(error)
             raise
         except KoreError as error:
-            if lasting:
-                raise Stop(error) from error
+            if lasting or isinstance(error, ConfigError):
+                self._stop = Stop(error)
+                raise self._stop from error
             self._bad(error)
             raise
         self._good()
@@ -68,9 +73,9 @@ class Guard:
             row, limit = self._row, self._limit if self._answered else min(self._limit, _BEFORE_THE_FIRST)
         if row >= limit:
             tries = f"{row} requests in a row failed" if row > 1 else "the request failed"
-            raise Stop(
-                KoreError(f"{tries}, at last: {error}; what is done is kept (limits.stop_after sets when to stop)")
-            ) from error
+            told = f"{tries}, at last: {error}; what is done is kept (limits.stop_after sets when to stop)"
+            self._stop = Stop(KoreError(told))
+            raise self._stop from error
 
 
 class GuardedAsker:

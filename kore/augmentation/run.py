@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from kore.augmentation.types import Generator
 
 KIND = "augmentation"
+# What changes no result, or is in the run's identity: texts, generator and images by their content.
+_NOT_IN_MANIFEST = {"generator", "images", "limits", "workers", "texts", "image_root", "knowledge"}
 CACHE, STATISTICS = "cache", "run.json"
 
 
@@ -227,7 +229,7 @@ def _write(items: Knowledge, keys: Sequence[bytes], shop: Workshop, out: Path) -
 
         page = write_quality(out, made, config.seed)
         files += [page, page.with_suffix(".json")]
-    settings = config.model_dump(mode="json", exclude={"generator", "images", "limits", "workers"})
+    settings = config.model_dump(mode="json", exclude=_NOT_IN_MANIFEST)
     fields = {
         "made_from": {"file": items.path.name, "items": len(items), "bad_rows": len(items.bad_rows)},
         "run": shop.identity,

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 IMAGE_STORE = "images"
 _MADE_BY = {"tasks", "rounds", "questions", "general", "general_samples", "seed", "attempts"}
-# What changes neither answers nor images.
-_IMAGE_TRIFLES = {"delay", "timeout", "contact", "device"}
+# What changes neither answers nor images; what lies at a path is in the identity of the source.
+_IMAGE_TRIFLES = {"delay", "timeout", "contact", "device", "path"}
 
 
 def make_generator(config: AugmentConfig, texts: Texts) -> Generator:
