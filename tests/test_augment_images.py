@@ -496,18 +496,19 @@ class TestFinder:
         server.pages["/cut.png"] = server.pages["/1.png"][:200]
         server.pages["/svg"] = b"<svg/>" + b" " * 300
         server.pages["/inside"] = lambda handler: handler.answer(302, Location="http://169.254.169.254/?key=SECRET")
-        names = ["404.png", "cut.png", "1.png", "svg", "inside", "2.png"]
+        server.pages["/403.png"] = lambda handler: handler.answer(403)
+        names = ["404.png", "cut.png", "1.png", "svg", "inside", "403.png", "2.png"]
         source = Fixed(*[Candidate(server.url(f"/{name}?sig=SECRET"), title=name) for name in names])
 
         def images():
-            return Images(source, ImageStore(tmp_path / "store", server.downloader()), cache, results=6)
+            return Images(source, ImageStore(tmp_path / "store", server.downloader()), cache, results=7)
 
         finder = images()
         found = finder.find("a hall", save(scene(9), tmp_path / "original.png"))
         assert [image.candidate.title for image, _ in found] == ["1.png", "2.png"]
         assert all(isinstance(problem, Problem) and problem.query == "a hall" for problem in finder.problems)
         reasons = {problem.place.rpartition("/")[2].partition("?")[0]: problem.reason for problem in finder.problems}
-        assert sorted(reasons) == ["404.png", "cut.png", "inside", "svg"]
+        assert sorted(reasons) == ["403.png", "404.png", "cut.png", "inside", "svg"]
         assert "answers 404" in reasons["404.png"] and "cannot be decoded" in reasons["cut.png"]
         assert "an SVG drawing" in reasons["svg"] and "not on the list" in reasons["inside"]
         assert "SECRET" not in repr(finder.problems)
@@ -515,8 +516,8 @@ class TestFinder:
         again = images()
         assert again.find("a hall", tmp_path / "original.png") == found
         assert again.problems == finder.problems and source.calls == 1
-        # Only what an allowlist refused is tried again: the list may have changed.
-        assert [path.partition("?")[0] for path, _ in server.asked[asked:]] == ["/inside"]
+        # What the allowlist or a server refused is tried again: either may have changed its mind.
+        assert [path.partition("?")[0] for path, _ in server.asked[asked:]] == ["/inside", "/403.png"]
 
     def test_an_image_lost_from_the_store_is_fetched_again(self, server, cache, tmp_path):
         server.pages["/1.png"] = save(scene(1), tmp_path / "1.png").read_bytes()

@@ -101,6 +101,7 @@ def test_another_address_is_tried_when_the_first_does_not_answer(server):
         "http://public.example:22/",
         "http://user:pw@public.example/",
         "//inside.example/a",
+        "http://[bad/",
     ],
 )
 def test_redirects_are_checked_like_first_urls(server, location):
@@ -349,18 +350,24 @@ def test_json_and_plain_functions(server):
     assert download(server.url("/a"), limits, allow).body == b'{"x": [1]}'
 
 
-def test_names_without_an_address():
+@pytest.mark.parametrize("number", [socket.EAI_NONAME, socket.EAI_AGAIN])
+def test_names_without_an_address(number):
     def nowhere(host, port):
-        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        raise socket.gaierror(number, "unknown")
 
-    def later(host, port):
-        raise socket.gaierror(socket.EAI_AGAIN, "not now")
-
-    with pytest.raises(KoreError, match="has no address") as caught:
-        Downloader(Allowlist(("*",)), QUICK, resolve=nowhere).get("https://nowhere.example/")
-    assert not isinstance(caught.value, Unavailable)
     with pytest.raises(Unavailable, match="has no address"):
-        Downloader(Allowlist(("*",)), QUICK, resolve=later).get("https://later.example/")
+        Downloader(Allowlist(("*",)), QUICK, resolve=nowhere).get("https://nowhere.example/")
+    with pytest.raises(Unavailable, match="has no address"):
+        Downloader(Allowlist(("*",)), QUICK, resolve=lambda host, port: []).get("https://nowhere.example/")
+
+
+def test_answers_nested_without_end(server):
+    server.pages["/a"] = b"[" * 150_000
+    server.pages["/b"] = lambda handler: handler.answer(400, b"[" * 150_000)
+    with pytest.raises(Unavailable, match="expected JSON"):
+        server.downloader().json(server.url("/a"))
+    with pytest.raises(Answered):
+        server.downloader().json(server.url("/b"))
 
 
 def test_a_contact_cannot_add_headers():

@@ -5,7 +5,7 @@ over an :class:`Allowlist`; every address is checked after the name look-up and 
 """
 
 from kore.fetch.addresses import Allowlist, Refused, is_public, redact
-from kore.fetch.download import Answered, Download, Downloader, DownloadLimits, download, download_json
+from kore.fetch.download import Answered, Download, Downloader, DownloadLimits, Unfit, download, download_json
 from kore.fetch.images import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
@@ -27,6 +27,7 @@ __all__ = [
     "DownloadLimits",
     "Downloader",
     "Refused",
+    "Unfit",
     "decode_image",
     "download",
     "download_json",

@@ -86,7 +86,7 @@ def _said(body: bytes, url: str) -> str:
         answer = json.loads(body)
         error = answer.get("error") if isinstance(answer, dict) else None
         text = error.get("message") or error.get("info") if isinstance(error, dict) else error
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     if not isinstance(text, str):
         return ""
@@ -106,6 +106,10 @@ class Answered(KoreError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class Unfit(KoreError):
+    """What is there is no image, too large or encoded, and will be so next time."""
 
 
 class Downloader:
@@ -157,7 +161,7 @@ class Downloader:
         body = self._get(url, "application/json", None).body
         try:
             return json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unavailable(f"{redact(url)}: expected JSON, got {_describe(body)}") from None
 
     def _get(self, url: str, accept: str, check: Callable[[bytes, str], None] | None) -> Download:
@@ -180,7 +184,10 @@ class Downloader:
             response = self._once(target, accept, check)
             if isinstance(response, Download):
                 return response
-            location = urljoin(url, response)
+            try:
+                location = urljoin(url, response)
+            except ValueError:
+                raise Refused(f"{redact(url)}: redirects to a malformed URL") from None
             if target.scheme == "https" and not location.lower().startswith("https:"):
                 raise Refused(f"{redact(url)}: redirects from https to {redact(location)}")
             if location in seen or len(seen) > self.limits.max_redirects:
@@ -192,12 +199,12 @@ class Downloader:
         try:
             addresses = self._resolve(target.host, target.port)
         except socket.gaierror as error:
-            kind = Unavailable if error.errno == socket.EAI_AGAIN else KoreError
-            raise kind(f"{shown}: the name {target.host} has no address ({error.strerror})") from None
+            # Without a network every name is unknown, so this says nothing lasting about the host.
+            raise Unavailable(f"{shown}: the name {target.host} has no address ({error.strerror})") from None
         except (OSError, UnicodeError) as error:
             raise Unavailable(f"{shown}: the name {target.host} cannot be looked up ({error})") from None
         if not addresses:
-            raise KoreError(f"{shown}: the name {target.host} has no address")
+            raise Unavailable(f"{shown}: the name {target.host} has no address")
         for address in addresses:
             if not self.allow.allow_private and not is_public(address):
                 raise Refused(f"{shown}: {target.host} is at {address}, which is not a public address; not fetched")
@@ -254,19 +261,19 @@ class Downloader:
             raise Unavailable(message)
         encoding = exchange.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", ""):
-            raise KoreError(f"{shown}: its content is encoded ({encoding[:20]!r}), though it was asked not to be")
+            raise Unfit(f"{shown}: its content is encoded ({encoding[:20]!r}), though it was asked not to be")
         return Download(target.url, self._body(target, exchange, check), exchange.headers)
 
     def _body(self, target: Target, exchange: Exchange, check: Callable[[bytes, str], None] | None) -> bytes:
         shown, limit = redact(target.url), self.limits.max_bytes
         announced = exchange.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
-            raise KoreError(f"{shown}: {announced} bytes; the limit is {limit}")
+            raise Unfit(f"{shown}: {announced} bytes; the limit is {limit}")
         body = bytearray()
         while part := exchange.read():
             body += part
             if len(body) > limit:
-                raise KoreError(f"{shown}: more than {limit} bytes, the limit")
+                raise Unfit(f"{shown}: more than {limit} bytes, the limit")
             if check and len(body) >= IMAGE_HEAD:
                 check(bytes(body[:IMAGE_HEAD]), shown)
                 check = None
@@ -288,7 +295,7 @@ def _describe(body: bytes) -> str:
 
 def _check_image(head: bytes, shown: str) -> None:
     if image_kind(head) is None:
-        raise KoreError(f"{shown}: expected a JPEG, PNG, WebP or GIF image, got {_describe(head)}")
+        raise Unfit(f"{shown}: expected a JPEG, PNG, WebP or GIF image, got {_describe(head)}")
 
 
 def download(url: str, limits: DownloadLimits, allow: Allowlist) -> Download:

@@ -13,8 +13,8 @@ from kore.augmentation.cache import Cache
 from kore.augmentation.images.choose import Similarity, choose
 from kore.augmentation.images.store import ImageStore, from_record, to_record
 from kore.augmentation.types import Candidate, ImageSource, StoredImage
-from kore.errors import KoreError, Unavailable
-from kore.fetch import Refused, redact
+from kore.errors import DataError, KoreError, Unavailable
+from kore.fetch import Answered, Unfit, redact
 
 
 @dataclass(frozen=True, order=True)
@@ -119,11 +119,15 @@ class Images:
                 return stored
         try:
             stored = self.store.fetch(candidate)
-        except (Unavailable, Refused):
-            raise  # another time, or another list of hosts, may let it through
         except KoreError as error:
-            if candidate.url and self.store.download is not None:
+            if candidate.url and _lasting(error):
                 self.cache.put("image", key, {"error": str(error)})
             raise
         self.cache.put("image", key, {"sha256": stored.sha256})
         return stored
+
+
+def _lasting(error: KoreError) -> bool:
+    """Whether the same image fails in the same way next time, whatever the network and the list of hosts are then."""
+    gone = isinstance(error, Answered) and error.status in (404, 410)
+    return gone or isinstance(error, Unfit | DataError)
