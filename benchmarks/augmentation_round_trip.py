@@ -6,8 +6,9 @@ The knowledge is that of `kore demo`: newly invented creatures, each one item wi
 three facts. `kore.augmentation` makes conversations of it with the generator by rules, in words that the small model
 knows (``augmentation_texts``), and with a folder of other drawings of the same creatures as image search. The small
 model of the demo is then trained on them, and on the plain articles, with the same number of steps and the same batch
-size, each at the learning rate that ``kore.demo.tune`` chose for such data on other creatures. The questions have
-wordings and drawings that no training data have. Cells that are finished in WORK are not run again.
+size, each at the learning rate that ``kore.demo.tune`` chose for such data on other creatures. Augmented conversations
+are longer, so that a step of theirs sees more tokens. The questions have wordings and drawings that no training data
+have. Cells that are finished in WORK are not run again.
 """
 
 from __future__ import annotations
