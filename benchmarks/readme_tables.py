@@ -76,6 +76,20 @@ def _mean(value: dict[str, float | None] | None) -> str:
     return f"{value['mean']:.1f}{spread}"
 
 
+def augmentation() -> str:
+    """The round trip of `python -m benchmarks.augmentation_round_trip`."""
+    stored = _load("augmentation_round_trip.json")
+    columns = {"K.A": "ka", "K.R": "kr", "Avg": "avg"}
+    lines = [f"| trained on | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+    for row in stored["table"]:
+        lines.append(f"| {row['row']} | {' | '.join(_mean(row[key]) for key in columns.values())} |")
+    worlds = len(stored["worlds"])
+    return "\n".join(lines) + (
+        f"\n\nMean ± standard deviation over {worlds} worlds of `kore demo`, {stored['budget']['steps']} steps each, "
+        f"{_where(stored['environment'])}."
+    )
+
+
 def kernels() -> str:
     """The CPU ratios of `python -m benchmarks.cpu_suite`."""
     stored = _load("cpu.json")
@@ -183,7 +197,14 @@ def _where(environment: dict[str, Any]) -> str:
     return f"{environment['processor']}, torch {environment['torch']}, commit {str(environment['commit'])[:7]}"
 
 
-TABLES = {"demo": demo, "kernels": kernels, "lora": lora, "init": init, "protection": protection}
+TABLES = {
+    "demo": demo,
+    "kernels": kernels,
+    "lora": lora,
+    "init": init,
+    "protection": protection,
+    "augmentation": augmentation,
+}
 
 
 def rewritten(text: str) -> str:
