@@ -43,6 +43,13 @@ def test_a_dry_run_says_what_it_would_cost(knowledge, tmp_path, capsys):
     assert float(shown.partition("cost: ")[2].split()[0]) > 1 and not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_without_a_model(knowledge, tmp_path, capsys):
+    for more in ([], ["--general", "image-aware"]):
+        assert main(["augment", str(knowledge), "-o", str(tmp_path / "out"), *more, "--dry-run"]) == 0
+        shown = capsys.readouterr().out
+        assert "requests: 0," in shown and "cost: 0.00" in shown and "note: no language model is asked" in shown
+
+
 @pytest.mark.parametrize("method", ["text-agnostic", "image-agnostic"])
 def test_general_augmentation_is_exact_too(method, knowledge, tmp_path):
     common = ["augment", str(knowledge), "--general", method, "--set", "general_samples=3", "--set", "quality=false"]

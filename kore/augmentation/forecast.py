@@ -69,23 +69,23 @@ def estimate(
         shop = Workshop.open(config, Path(cache).absolute(), generator)
         left = [number for number, item in enumerate(items) if not shop.results.done(shop.results.key(item), item)]
         step = max(1, len(left) // _SAMPLE)
-        chosen = set(left[::step])
+        asks = config.generator.kind != "rules" and config.general in (None, "text-aware")
+        chosen = set(left[::step]) if asks else set()
         counter = _Counter(shop.asker)
         counting = dataclasses.replace(shop, asker=counter, images=_NoImages())  # type: ignore[arg-type]
         for number, item in enumerate(items):
             if number in chosen:
                 counting.make(item)
     scale = len(left) / len(chosen) if chosen else 0.0
-    asks = config.generator.kind != "rules"
     searches = _searches(config) * len(left)
     prices = Prices(config.generator.price_input or 0.0, config.generator.price_output or 0.0)
     asked, answered = round(counter.prompt_tokens * scale) * asks, round(counter.completion_tokens * scale) * asks
     priced = config.generator.price_input is not None or not asks
     notes = ["answers that are not accepted are asked for again and come on top"] if asks else []
-    if len(chosen) < len(left):
+    if asks and len(chosen) < len(left):
         notes.append(f"inferred from {len(chosen):,} of the {len(left):,} items")
     if not asks:
-        notes.append("generation by rules asks no service")
+        notes.append("no language model is asked")
     return Estimate(
         items=len(items),
         done=len(items) - len(left),
