@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import kore_kernels as kk
 from kore.acceleration import accelerate
 from tests.acceleration_models import frozen_lora, kore_model, step
 from tests.batches import make_batch
+from tests.processes import clean_processes
 
 
 def shard(model):
@@ -66,7 +66,7 @@ NO_CPU = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reaso
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=NO_CPU)])
 def test_two_processes_have_the_gradients_of_peft_in_one(how, layers, tmp_path):
     model = MAKE[layers]()
-    context = multiprocessing.get_context("fork")
+    context = clean_processes()
     workers = [context.Process(target=work, args=(rank, how, layers, tmp_path), daemon=True) for rank in range(2)]
     for worker in workers:
         worker.start()

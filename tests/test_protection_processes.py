@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from kore import capture_covariance, capture_output_gradients, two_sided
 from kore.artifacts import read_json
 from tests.acceleration_models import frozen_lora
 from tests.batches import MODELS, make_batch, make_batches
+from tests.processes import clean_processes
 from tests.tiny import save_tiny, tiny_conversations
 
 REPOSITORY = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ def work(rank: int, components: int | None, folder: Path) -> None:
 def test_sharded_weights_take_the_steps_of_whole_ones(components, tmp_path):
     model, penalty = penalised(components)
     assert float(penalty().detach()) > 1e-3
-    context = multiprocessing.get_context("fork")
+    context = clean_processes()
     workers = [context.Process(target=work, args=(rank, components, tmp_path), daemon=True) for rank in range(2)]
     for worker in workers:
         worker.start()
