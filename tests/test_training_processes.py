@@ -135,7 +135,7 @@ def test_two_processes_agree_and_equal_one_with_the_double_batch(root: Path, tmp
     assert len(history) == len(one.history) == 9
     for entry, reference in zip(history, one.history, strict=True):
         assert entry["loss"] == pytest.approx(reference["loss"], rel=1e-4)
-        assert entry["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
+        assert entry["grad_norm"] == pytest.approx(reference["grad_norm"], rel=3e-3)
     assert all(value.abs().max() > 1e-4 for name, value in first.items() if "lora_B" in name)
     for name, parameter in one.model.named_parameters():
         if parameter.requires_grad:
