@@ -13,7 +13,7 @@ import kore_kernels as kk
 from kore.acceleration import accelerate
 from tests.acceleration_models import frozen_lora, kore_model, step
 from tests.batches import make_batch
-from tests.processes import clean_processes
+from tests.processes import run_processes
 
 
 def shard(model):
@@ -66,13 +66,7 @@ NO_CPU = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reaso
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=NO_CPU)])
 def test_two_processes_have_the_gradients_of_peft_in_one(how, layers, tmp_path):
     model = MAKE[layers]()
-    context = clean_processes()
-    workers = [context.Process(target=work, args=(rank, how, layers, tmp_path), daemon=True) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-        assert worker.exitcode == 0
+    assert run_processes(work, [(rank, how, layers, tmp_path) for rank in range(2)]) == [0, 0]
     _, expected = step(model)
     # Two decoder layers, twice: alone, or q + k + v, o, gate + up, down.
     counts = {"single": {"one": 28, "several": 0}, "grouped": {"one": 8, "several": 8}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from pathlib import Path
 
@@ -16,21 +15,15 @@ from kore.covariance import load_covariance, merge_covariance
 from kore.errors import ArtifactError, KoreError
 from tests.adapter_worker import CONFIGS, work
 from tests.batches import MODELS, make_batches
+from tests.processes import run_processes
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "kore.json")
 
 
 def launch(folder: Path, *cases: str) -> list[int | None]:
-    """Run the cases in two processes; returns how they ended. Forked, since importing takes longer."""
-    context = multiprocessing.get_context("fork")
+    """Run the cases in two processes; returns how they ended."""
     store = folder / f"store-{cases[0]}"
-    workers = [context.Process(target=work, args=(rank, 2, store, folder, cases), daemon=True) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-        worker.kill()
-    return [worker.exitcode for worker in workers]
+    return run_processes(work, [(rank, 2, store, folder, cases) for rank in range(2)])
 
 
 @pytest.fixture(scope="module")

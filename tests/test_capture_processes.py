@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from pathlib import Path
 
@@ -15,20 +14,13 @@ from kore.covariance import Group, load_covariance
 from kore.errors import KoreError
 from tests.batches import MODELS, make_batches
 from tests.capture_worker import Whole, mixed_batches, mixed_targets, whole_batches, work
+from tests.processes import run_processes
 
 
 def launch(output: Path, *cases: str, count: int = 2) -> list[int | None]:
-    """Run the cases in several processes; returns how they ended. Forked, since importing takes longer."""
-    context = multiprocessing.get_context("fork")
+    """Run the cases in several processes; returns how they ended."""
     store = output / f"store-{cases[0]}"
-    arguments = [(rank, count, store, output, cases) for rank in range(count)]
-    workers = [context.Process(target=work, args=each, daemon=True) for each in arguments]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-        worker.kill()
-    return [worker.exitcode for worker in workers]
+    return run_processes(work, [(rank, count, store, output, cases) for rank in range(count)])
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,34 +12,12 @@ import torch
 from kore.cli.main import main
 from kore.covariance import load_covariance
 from tests.cli_worker import run
+from tests.processes import torchrun
 from tests.tiny import save_tiny, tiny_conversations
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 FILES = ("adapter_config.json", "adapter_model.safetensors", "kore.json")
-
-
-def torchrun(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``torchrun -m tests.cli_worker words``: the command line in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    # A session of its own, so that a run that hangs is ended with all its processes.
-    with subprocess.Popen(
-        [*command, "-m", "tests.cli_worker", *words],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError("the processes hang") from None
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def spawned(log: Path, *words: str, **environment: str) -> list[int | None]:
@@ -92,7 +67,7 @@ def test_init_killed_in_both_processes_goes_on_and_gives_the_file_of_one(work, t
     killed = spawned(tmp_path / "log", *init(work, output), KORE_TEST_DIES="after a part")
     assert killed == [-signal.SIGKILL] * 2 and not (output / FILES[0]).exists()
     assert len(list((output / "checkpoint").glob("part-*/manifest.json"))) == 2
-    ended = torchrun(*init(work, output), KORE_TEST_LOG=str(tmp_path / "solved"))
+    ended = torchrun("tests.cli_worker", *init(work, output), KORE_TEST_LOG=str(tmp_path / "solved"))
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("goes on where it was stopped") == ended.stdout.count("result: ") == 1
     solved = [(tmp_path / f"solved-{rank}").read_text().count(".") for rank in range(2)]

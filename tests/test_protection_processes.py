@@ -17,7 +17,7 @@ from kore import capture_covariance, capture_output_gradients, two_sided
 from kore.artifacts import read_json
 from tests.acceleration_models import frozen_lora
 from tests.batches import MODELS, make_batch, make_batches
-from tests.processes import clean_processes
+from tests.processes import run_processes
 from tests.tiny import save_tiny, tiny_conversations
 
 REPOSITORY = Path(__file__).parents[1]
@@ -75,13 +75,7 @@ def work(rank: int, components: int | None, folder: Path) -> None:
 def test_sharded_weights_take_the_steps_of_whole_ones(components, tmp_path):
     model, penalty = penalised(components)
     assert float(penalty().detach()) > 1e-3
-    context = clean_processes()
-    workers = [context.Process(target=work, args=(rank, components, tmp_path), daemon=True) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-        assert worker.exitcode == 0
+    assert run_processes(work, [(rank, components, tmp_path) for rank in range(2)]) == [0, 0]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     expected = []
     for _ in range(2):

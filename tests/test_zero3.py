@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +10,10 @@ import torch
 import kore
 from kore.artifacts import load_tensors
 from tests.batches import MODELS, make_batch, make_batches
+from tests.processes import torchrun
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
-REPOSITORY = Path(__file__).parents[1]
 LAYERS = 14
 
 
@@ -27,24 +22,8 @@ def folder(tmp_path_factory):
     """What both processes wrote."""
     folder = tmp_path_factory.mktemp("zero3")
     kore.capture_covariance(MODELS["llama"](), make_batches("llama"), progress=False).save(folder / "covariance")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    # A session of its own, so that a run that hangs is ended with all its processes.
-    with subprocess.Popen(
-        [*command, "-m", "tests.zero3_worker", str(folder)],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError("the processes hang") from None
-    assert process.returncode == 0, output[-4000:]
+    done = torchrun("tests.zero3_worker", str(folder), timeout=300, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folder
 
 

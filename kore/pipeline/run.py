@@ -7,11 +7,12 @@ from pathlib import Path
 
 from kore.artifacts import atomic_write
 from kore.pipeline.augment import AugmentStage
+from kore.pipeline.capture import CaptureStage, GradientStage
 from kore.pipeline.config import OldSection, RunConfig
 from kore.pipeline.loading import dump_config
 from kore.pipeline.report import ReportStage
 from kore.pipeline.stage import Say, Stage, only_one, run_stages
-from kore.pipeline.stages import CaptureStage, EvalStage, GradientStage, InitStage, TrainStage
+from kore.pipeline.stages import EvalStage, InitStage, TrainStage
 from kore.pipeline.workbench import Workbench
 
 
