@@ -63,8 +63,8 @@ def capture(
 
     For two-sided protection, the same with `--gradients -o runs/a/gradients`.
     """
+    from kore.pipeline.capture import CaptureStage, GradientStage
     from kore.pipeline.config import CaptureSection, OldSection, ProtectionSection
-    from kore.pipeline.stages import CaptureStage, GradientStage
 
     old = {"files": data, "image_root": image_root, "format": format, "on_bad_row": on_bad_row}
     own = {"memory_budget": memory_budget, "batch_size": batch_size}
