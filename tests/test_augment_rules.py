@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -83,11 +84,70 @@ def test_a_fact_that_no_sentence_holds_is_answered_by_its_value():
 
 def test_the_wording_of_an_attribute_and_the_general_one():
     item = KnowledgeItem(
-        "x", "entity", "tool", "Zog", "Zog lives at Bern, grade 7.", facts={"Home": "Bern", "top-grade": "7"}
+        "x", "entity", "tool", "Zog", "Zog lives at Bern and is of grade 7.", facts={"Home": "Bern", "top-grade": "7"}
     )
     questions = {each.answer: each.question for each in ask(item, Questions, "vqa").questions}
     assert questions["Bern"] in ("Where does Zog live?", "What is the home of Zog?")
     assert "top grade of Zog" in questions["7"]
+
+
+def attribute_question(attribute, value, **changes):
+    item = dataclasses.replace(TOWER, facts={attribute: value}, **changes)
+    return {ask(item, Questions, "vqa", seed=seed).questions[0].question for seed in range(20)}
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "expected"),
+    [
+        ("lanes", "4", {"How many lanes does Eiffel Tower have?", "What is the number of lanes of Eiffel Tower?"}),
+        ("works", "Sea, Sand", {"What are the works of Eiffel Tower?", "Name the works of Eiffel Tower.",
+                                "Tell me the works of Eiffel Tower."}),
+        ("Series", "Tall", {"What is the series of Eiffel Tower?", "Name the series of Eiffel Tower.",
+                            "Tell me the series of Eiffel Tower."}),
+        ("ISO code", "zz", {"What is the ISO code of Eiffel Tower?", "Name the ISO code of Eiffel Tower.",
+                            "Tell me the ISO code of Eiffel Tower."}),
+        ("owned_by", "Zog", {"By whom was Eiffel Tower owned?"}),
+        ("restored", "1999", {"When was Eiffel Tower restored?"}),
+        ("known for", "rust", {"Eiffel Tower, known for?"}),
+        ("seed", "oak", {"What is the seed of Eiffel Tower?", "Name the seed of Eiffel Tower.",
+                         "Tell me the seed of Eiffel Tower."}),
+    ],
+)  # fmt: skip
+def test_the_wording_fits_the_form_of_the_attribute(attribute, value, expected):
+    assert attribute_question(attribute, value) == expected
+
+
+def test_news_are_asked_for_what_an_event_has():
+    event = dict(category="news", title="Storm")
+    assert attribute_question("place", "Rome", **event) == {
+        "Where did Storm take place?", "What was the place of Storm?",
+    }  # fmt: skip
+    assert attribute_question("director", "Ann Bo", **event) == {
+        "What director is reported for Storm?", "Which director goes with Storm?",
+    }  # fmt: skip
+
+
+def test_texts_in_another_language():
+    text = "Der Turm ist das höchste Bauwerk. Er wurde am 3. Oktober 1969 eröffnet. Er steht in Ulm."
+    item = KnowledgeItem("t", "entity", "Turm", "Turm", text, facts={"Höhe": "368 Meter", "Ort": "Ulm"})
+    assert sentences(text)[1] == "Er wurde am 3. Oktober 1969 eröffnet."
+    questions = ask(item, Questions, "vqa").questions
+    assert [each.question for each in questions] == ["Turm, Höhe?", "Turm, Ort?"]
+
+
+def test_no_sentence_is_left_out_where_rounds_are_left():
+    item = KnowledgeItem("a", "entity", "animal", "Aye", "The aye eats. It has very long fingers. It is never awake.")
+    rounds = ask(item, Dialogue).rounds
+    assert {each.answer for each in rounds} == set(sentences(item.text))
+    assert checks.check_dialogue(item, Dialogue(rounds=rounds))[1] == []
+
+
+def test_an_answer_that_the_question_or_the_kind_tells_is_not_asked_for():
+    text = "Noor Haddad (NHD) is a singer of the Blue Band and lives in Bern with two dogs."
+    item = KnowledgeItem("n", "entity", "singer", "Noor Haddad", text, facts={"occupation": "singer", "home": "Bern"})
+    for seed in range(6):
+        questions = ask(item, Questions, "vqa", seed=seed)
+        assert {each.answer for each in questions.questions} == {"Bern"}
 
 
 def test_visual_questions_are_about_the_item():

@@ -238,7 +238,10 @@ def test_two_answers_to_one_question_about_one_image_are_not_kept():
 def load_texts_with(references):
     import dataclasses
 
-    templates = {**TEXTS.templates, "vqa": {"references": references, "possessive": references}}
+    templates = {
+        **TEXTS.templates,
+        "vqa": {"references": references, "possessive": references, "articles": ("the", "a", "an", "der", "l'")},
+    }
     return dataclasses.replace(TEXTS, templates=templates)
 
 
@@ -267,6 +270,8 @@ def test_marks_around_the_text_cannot_be_faked():
         ("Well? Rome is old?", "Rome", "city", "Well? This city is old?"),
         ("Who sang C++ (live)?", "C++ (live)", "song", "Who sang this song?"),
         ("Who leads NATO?", "NATO", "NATO body", "Who leads this NATO body?"),
+        ("Wie hoch ist der Turm von Ulm?", "Turm von Ulm", "Turm", "Wie hoch ist this Turm?"),
+        ("Combien coûte l'Arche ?", "Arche", "l'Édifice", "Combien coûte this Édifice ?"),
     ],
 )
 def test_a_reference_replaces_the_subject(question, subject, hypernym, expected):

@@ -25,6 +25,7 @@ from kore.augmentation.chance import stream
 from kore.augmentation.schema import Caption, Dialogue, Questions
 from kore.augmentation.texts import Texts, item_words
 from kore.augmentation.types import TASKS, Failure, ItemResult, KnowledgeItem, Sample, StoredImage, Task
+from kore.augmentation.words import english
 from kore.errors import ConfigError, DataError, KoreError, Unavailable
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class _Work:
 
     def _image_of(self, subject: str, hypernym: str) -> _Found:
         itself = _plain(subject) == _plain(self.item.title)
-        query = f"{subject} {_noun(hypernym)}"
+        query = f"{subject} {_plain(hypernym)}"
         found = self._find(query, self.item.image if itself else None, 1)
         if found:
             return found[0]
@@ -224,14 +225,19 @@ class _Work:
 def refer(question: str, subject: str, hypernym: str, texts: Texts, rng: Any) -> str:
     """The question with a reference to the image wherever its subject stood.
 
-    An article before the subject goes with it, and before a possessive the reference is one that can have it.
+    An article before the subject goes with it, and before a possessive the reference is one that can have it. The
+    hypernym is in lower case where only its first letter is a capital and the question is in English.
 
     Raises:
         NotMade: The subject does not stand in the question.
     """
-    noun = _noun(hypernym)
+    articles = "|".join(map(re.escape, texts.variants("vqa", "articles")))
+    article = rf"(?:{articles})(?:(?<=['’])|\s+)"
+    noun = re.sub(rf"^{article}", "", hypernym.strip(), flags=re.IGNORECASE)
+    if noun[1:] == noun[1:].lower() and english(question):
+        noun = noun.lower()
     drawn = {key: rng.choice(texts.variants("vqa", key)).format(hypernym=noun) for key in ("references", "possessive")}
-    bare = re.sub(r"^(?:the|an?)\s+", "", subject.strip(), flags=re.IGNORECASE)
+    bare = re.sub(rf"^{article}", "", subject.strip(), flags=re.IGNORECASE)
     name = r"\s+".join(re.escape(word) for word in bare.split())
     if not name:
         raise NotMade(f"the subject is empty: in {question!r}")
@@ -242,16 +248,10 @@ def refer(question: str, subject: str, hypernym: str, texts: Texts, rng: Any) ->
         begins = re.search(r"(?:^|[.?!:]\s+)[\"'“‘]?$", question[: match.start()]) is not None
         return chosen[0].upper() + chosen[1:] if begins else chosen
 
-    replaced, count = re.subn(rf"(?<!\w)(?:(?:the|an?)\s+)?{name}(?!\w)", replace, question, flags=re.IGNORECASE)
+    replaced, count = re.subn(rf"(?<!\w)(?:{article})?{name}(?!\w)", replace, question, flags=re.IGNORECASE)
     if count == 0:
         raise NotMade(f"the subject does not stand in its question: {subject!r} in {question!r}")
     return replaced
-
-
-def _noun(hypernym: str) -> str:
-    """Without article; in lower case where only its first letter is a capital."""
-    noun = re.sub(r"^(?:the|an?)\s+", "", hypernym.strip(), flags=re.IGNORECASE)
-    return noun.lower() if noun[1:] == noun[1:].lower() else noun
 
 
 def _plain(name: str) -> str:

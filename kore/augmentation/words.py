@@ -170,6 +170,19 @@ def _unit(token: Token) -> int:
     return value if value < 10 else 0
 
 
+_ENGLISH = frozenset(
+    _words(
+        "the of and is are by to it its he she they his been that who which what when where how why did does has with"
+    )
+)
+
+
+def english(text: str) -> bool:
+    """Whether one in twelve of a text's words, and one at least, is a common word of English and of English alone."""
+    tokens = tokenize(text)
+    return sum(token.key in _ENGLISH for token in tokens) >= max(1, len(tokens) / 12)
+
+
 def ordinal(key: str) -> str | None:
     """The number of a word such as ``third``, or None."""
     return str(_ORDINALS[key]) if key in _ORDINALS else None

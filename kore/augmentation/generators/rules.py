@@ -9,16 +9,20 @@ from typing import Any
 
 from kore.augmentation.ask import NotGenerated
 from kore.augmentation.chance import stream
+from kore.augmentation.checks import supported
 from kore.augmentation.schema import Caption, Dialogue, Questions
-from kore.augmentation.texts import Texts, as_written, item_words, load_texts
+from kore.augmentation.texts import Texts, as_written, filled, item_words, load_texts
 from kore.augmentation.types import KnowledgeItem, Reply, Request
-from kore.augmentation.words import FUNCTION_WORDS, tokenize
+from kore.augmentation.words import FUNCTION_WORDS, english, tokenize
 from kore.errors import KoreError
 
 ROUNDS, QUESTIONS = 10, 5
 SUMMARY_WORDS, SENTENCE_WORDS, GAP_WORDS, VALUE_WORDS = 25, 40, 34, 5
-VERSION = 1
+VERSION = 2
 _ABBREVIATIONS = re.compile(r"(?:mrs?|ms|dr|prof|st|[js]r|gen|col|lt|no|vs|inc|ltd|corp?|\w(?:\.\w)*)", re.IGNORECASE)
+_NO_NOUN_ENDS = frozenset(["in", "at", "on", "of", "to", "for", "from", "with", "as", "near", "by"])
+_NOUNS_IN_ED = frozenset(["bed", "breed", "creed", "deed", "feed", "need", "seed", "shed", "speed", "weed"])
+_SINGULAR = frozenset(["series", "species", "address", "lens", "gas", "bias", "atlas"])
 
 
 class RulesGenerator:
@@ -28,12 +32,14 @@ class RulesGenerator:
     for attributes not listed there), answered by the sentence of the text that holds the value, or by the value alone
     where no sentence does or it was an answer before; visual questions likewise, answered by the value alone, with the
     item itself as subject. The summary is the beginning of the text. What facts do not cover, and an item without any,
-    gets what its sentences carry: a question for the first one, and sentences with a name or number left out. Facts are
-    taken for true, also those that the text does not say.
+    gets what its sentences carry: a question for the first one, sentences with a name or number left out, and the other
+    sentences as further things to be said. Facts are taken for true, also those that the text does not say.
 
     What it does not do: understand the text. It paraphrases nothing, draws no conclusion, asks no why, and finds no
-    further subject for visual questions. It is for demos, tests and tables of facts; data by a language model are
-    richer.
+    further subject for visual questions. A sentence that answers may say more than was asked
+    for, or begin with "it". Its wordings are English: of a text in another language it asks for facts by their bare
+    names, which is poor until the texts are translated. It is for demos, tests and tables of facts; data by a language
+    model are richer.
 
     Args:
         texts: Where the wordings come from; by default the project's own.
@@ -73,8 +79,8 @@ class RulesGenerator:
             rounds.append({"question": opening, "answer": said[0]})
             used.add(said[0])
         for attribute, value in given_facts(item):
-            question = self._question(attribute, as_written(subject, item.text), rng)
-            if _within(value, question):
+            question = self._question(item, attribute, value, as_written(subject, item.text), rng)
+            if _told(value, question):
                 continue
             holder = next((each for each in said if _within(value, each)), None)
             whole = holder is not None and holder not in used and len(holder.split()) <= SENTENCE_WORDS
@@ -85,6 +91,13 @@ class RulesGenerator:
                 used.add(sentence)
                 question = self._texts.line(rng, "rules", "cloze", sentence=self._with_gap(sentence, gap))
                 rounds.append({"question": question, "answer": _as_sentence(gap)})
+        further = list(self._texts.variants("rules", "further"))
+        rng.shuffle(further)
+        rest = (each for each in said if each not in used and 3 <= len(each.split()) <= SENTENCE_WORDS)
+        for sentence, template in zip(rest, further, strict=False):
+            question = filled(template, {"subject": as_written(subject, item.text)})
+            if not _told(sentence, question):
+                rounds.append({"question": question, "answer": sentence})
         if not rounds:
             raise NotGenerated(_nothing(item, "a dialogue"))
         return {"rounds": rounds[:ROUNDS]}
@@ -100,23 +113,39 @@ class RulesGenerator:
         hypernym = item.type if item.category == "entity" else self._texts.variants("rules", "news_hypernym")
         found: list[dict[str, str]] = []
         for attribute, value in given_facts(item):
-            question = self._question(attribute, item.title, rng)
-            if len(value.split()) <= VALUE_WORDS and not _within(value, question):
+            question = self._question(item, attribute, value, item.title, rng)
+            if len(value.split()) <= VALUE_WORDS and not _told(value, f"{question} {hypernym}"):
                 found.append({"question": question, "answer": value})
         answers = {each["answer"] for each in found}
+        understood = english(item.text)
         for sentence, gap in self._gaps(item, sentences(item.text)):
-            if _within(item.title, sentence) and gap not in answers and not any(_within(a, sentence) for a in answers):
-                question = self._texts.line(rng, "rules", "cloze", sentence=self._with_gap(sentence, gap))
-                found.append({"question": question, "answer": gap})
+            key = "cloze" if _within(item.title, sentence) else "cloze_about"
+            if (
+                len(found) < QUESTIONS
+                and understood
+                and gap not in answers
+                and not any(_within(a, sentence) for a in answers)
+            ):
+                words = {} if key == "cloze" else {"subject": item.title}
+                question = self._texts.line(rng, "rules", key, sentence=self._with_gap(sentence, gap), **words)
+                if not _told(gap, f"{question} {hypernym}"):
+                    found.append({"question": question, "answer": gap})
         if not found:
             raise NotGenerated(_nothing(item, "a visual question"))
         return {"questions": [{**each, "subject": item.title, "hypernym": hypernym} for each in found[:QUESTIONS]]}
 
-    def _question(self, attribute: str, subject: str, rng: Any) -> str:
-        name = " ".join(re.sub(r"[_-]+", " ", attribute).split()).lower()
-        variants = self._texts.variants("rules", "attributes").get(name)
-        variants = variants or self._texts.variants("rules", "generic")
-        return str(rng.choice(variants)).format_map({"subject": subject, "attribute": name})
+    def _question(self, item: KnowledgeItem, attribute: str, value: str, subject: str, rng: Any) -> str:
+        asked = " ".join(re.sub(r"[_-]+", " ", attribute).split())
+        of_event = item.category == "news"
+        variants = self._texts.variants("rules", "events" if of_event else "attributes").get(asked.lower())
+        if variants is None and not english(item.text):
+            variants = self._texts.variants("rules", "label")
+        elif variants is None:
+            asked = asked if any(word[1:] != word[1:].lower() for word in asked.split()) else asked.lower()
+            form = attribute_form(asked, value)
+            asked = asked.removesuffix(" by") if form == "by" else asked
+            variants = self._texts.variants("rules", "event_generic" if of_event and form == "generic" else form)
+        return filled(str(rng.choice(variants)), {"subject": subject, "attribute": asked})
 
     def _news_subject(self, item: KnowledgeItem) -> str:
         return str(self._texts.variants("rules", "news_subject")).format(title=item.title)
@@ -135,12 +164,17 @@ class RulesGenerator:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, split at end marks that no known abbreviation, initial or number explains."""
+    """The sentences of a text, split at end marks that no known abbreviation or initial explains.
+
+    In other languages than English a number of up to two digits is taken for a day, as in "3. Oktober".
+    """
     found, start = [], 0
+    no_day = english(text)
     for match in re.finditer(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]|\n\s*\n", text):
         before = re.search(r"(\S+)$", text[start : match.start()])
         word = before.group(1).lstrip("(\"'“‘") if before else ""
-        if match.group().startswith(".") and _ABBREVIATIONS.fullmatch(word) and not word.isdigit():
+        short = len(word) <= 2 and not no_day if word.isdigit() else _ABBREVIATIONS.fullmatch(word)
+        if match.group().startswith(".") and short:
             continue
         found.append(text[start : match.end()])
         start = match.end()
@@ -163,6 +197,20 @@ def names(sentence: str) -> list[str]:
             found.append((match.start(), match.end()))
     texts = [re.sub(r"['’]s$", "", sentence[start:end]) for start, end in found]
     return [text for text in texts if len(text.split()) <= VALUE_WORDS]
+
+
+def attribute_form(attribute: str, value: str) -> str:
+    """Which wording of ``texts/rules.yaml`` fits an attribute in English that has none of its own."""
+    *_, last = attribute.lower().split()
+    if last == "by" and " " in attribute:
+        return "by"
+    if last in _NO_NOUN_ENDS:
+        return "label"
+    if last.endswith("ed") and " " not in attribute and last not in _NOUNS_IN_ED:
+        return "when" if re.search(r"\b\d{4}\b", value) else "label"
+    if last.endswith("s") and not last.endswith(("ss", "us", "is", "ics")) and last not in _SINGULAR:
+        return "count" if re.fullmatch(r"\d[\d.,\s]*", value) else "plural"
+    return "generic"
 
 
 def given_facts(item: KnowledgeItem) -> list[tuple[str, str]]:
@@ -193,8 +241,13 @@ def _only_there(part: str, sentence: str) -> bool:
     return bool(said) and sentence.count(part) == 1 and not said <= rest
 
 
+def _told(value: str, question: str) -> bool:
+    """Whether all words of a value stand in a question, or are the initials of its words."""
+    return supported(question, value) == 1.0
+
+
 def _as_sentence(value: str) -> str:
-    value = value[0].upper() + value[1:]
+    value = value[0].upper() + value[1:] if value.split()[0].islower() else value
     return value if value.endswith((".", "!", "?")) else f"{value}."
 
 

@@ -22,7 +22,7 @@ from kore.augmentation.texts.templates import parse_templates
 from kore.augmentation.types import KnowledgeItem
 from kore.errors import ConfigError
 
-__all__ = ["PROMPTS", "TEMPLATES", "Texts", "as_written", "item_words", "load_texts", "write_texts"]
+__all__ = ["PROMPTS", "TEMPLATES", "Texts", "as_written", "filled", "item_words", "load_texts", "write_texts"]
 
 HERE = Path(__file__).parent
 TEMPLATES = tuple(sorted(path.name for path in HERE.glob("*.yaml")))
@@ -55,12 +55,12 @@ class Texts:
 
     def line(self, rng: random.Random, file: str, key: str, **words: str) -> str:
         """One variant of a key, drawn and filled in."""
-        return _filled(str(rng.choice(self.templates[file][key])), words)
+        return filled(str(rng.choice(self.templates[file][key])), words)
 
     def round(self, rng: random.Random, file: str, key: str, **words: str) -> tuple[str, str]:
         """One (question, answer) of a key, drawn and filled in."""
         drawn = rng.choice(self.templates[file][key])
-        return _filled(drawn["question"], words), _filled(drawn["answer"], words)
+        return filled(drawn["question"], words), filled(drawn["answer"], words)
 
     def instructed(self, rng: random.Random, question: str, form: str) -> str:
         """A question with an instruction on the form of its answer: ``yes_or_no``, ``paragraph`` or ``short``."""
@@ -119,14 +119,17 @@ def item_words(item: KnowledgeItem) -> dict[str, str]:
 
 
 def as_written(name: str, text: str) -> str:
-    """A name, with "the" where the text writes it so most of the time."""
-    found = re.findall(rf"(?<!\w)(the\s+)?{re.escape(name)}(?!\w)", text, flags=re.IGNORECASE)
-    return f"the {name}" if found and 2 * sum(map(bool, found)) > len(found) else name
+    """A name, with "the" where the text writes it so most of the time, in small letters where the text does so."""
+    found = re.findall(rf"(?<!\w)(the\s+)?({re.escape(name)})(?!\w)", text, flags=re.IGNORECASE)
+    if any(written == name.lower() for _, written in found) and not any(written == name for _, written in found):
+        name = name.lower()
+    return f"the {name}" if 2 * sum(bool(article) for article, _ in found) > len(found) else name
 
 
-def _filled(template: str, words: Mapping[str, str]) -> str:
-    filled = template.format(**words)
-    return f"T{filled[1:]}" if filled.startswith("the ") else filled
+def filled(template: str, words: Mapping[str, str]) -> str:
+    """A template with its placeholders filled in; "the" at its beginning gets a capital."""
+    text = template.format_map(words)
+    return f"T{text[1:]}" if text.startswith("the ") else text
 
 
 def _with_article(noun: str) -> str:

@@ -93,6 +93,10 @@ def _string(value: Any, place: str) -> str:
     return value
 
 
+def _one(words: Words) -> Callable[[Any, str], Any]:
+    return words.check
+
+
 def _several(value: Any, place: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{place}: expected a list of at least one variant, got {value!r}")
@@ -123,24 +127,38 @@ FILES: Mapping[str, Mapping[str, Callable[[Any, str], Any]]] = {
         "entity": _lines(_words("", KIND)),
         "answer": _lines(_words("depicted summary")),
     },
-    "vqa.yaml": {"references": _lines(_words("hypernym")), "possessive": _lines(_words("hypernym"))},
+    "vqa.yaml": {
+        "references": _lines(_words("hypernym")),
+        "possessive": _lines(_words("hypernym")),
+        "articles": _lines(_words()),
+    },
     "instructions.yaml": {
         "yes_or_no": _lines(_words()),
         "paragraph": _lines(_words()),
         "short": _lines(_words()),
         "separator": _string,
     },
+    "answers.yaml": {"form": _one(_words("schema")), "repair": _one(_words("reasons"))},
     "synonyms.yaml": {"groups": _groups},
     "rules.yaml": {
         "attributes": _mapping(_words("subject")),
         "generic": _lines(_words("subject attribute")),
+        "plural": _lines(_words("subject attribute")),
+        "count": _lines(_words("subject attribute")),
+        "by": _lines(_words("subject attribute")),
+        "when": _lines(_words("subject attribute")),
+        "label": _lines(_words("subject attribute")),
+        "events": _mapping(_words("subject")),
+        "event_generic": _lines(_words("subject attribute")),
         "cloze": _lines(_words("sentence")),
+        "cloze_about": _lines(_words("subject sentence")),
         "gap": _string,
         "opening": _lines(_words("subject")),
+        "further": _lines(_words("subject")),
         "depicted_news": _lines(_ITEM_NEWS),
         "depicted_entity": _lines(_ITEM_ENTITY),
         "news_hypernym": _string,
-        "news_subject": lambda value, place: _words("title").check(value, place),
+        "news_subject": _one(_words("title")),
     },
 }
 
