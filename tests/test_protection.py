@@ -225,7 +225,7 @@ def test_one_step_adds_its_gradient_however_the_step_is_split(root, tmp_path):
             data,
             {**config, "learning_rate": rate, "scheduler": "constant"},
             tmp_path / label,
-            protection=penalty if protect else None,
+            penalty=penalty if protect else None,
         )
         after[label] = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         after[label, "loss"] = result.history[0]["loss"]
@@ -245,14 +245,14 @@ def test_a_strong_penalty_keeps_b_small_and_another_one_is_another_run(root, tmp
     for strength in (0.0, 1e5):
         model, encoder, data, penalty = protected(root, strength)
         config = {**CONFIG, "optimizer": "adamw_torch", "batch_size": 8, "max_steps": 20, "learning_rate": 1e-2}
-        history = train(model, encoder, data, config, tmp_path / f"{strength}", protection=penalty).history
+        history = train(model, encoder, data, config, tmp_path / f"{strength}", penalty=penalty).history
         sizes.append(float(two_sided_value(penalty)))
         assert history[-1]["step"] == 20
     assert sizes[1] < 0.3 * sizes[0]
-    with pytest.raises(ConfigError, match="other protection"):
-        train(model, encoder, data, config, tmp_path / "0.0", protection=penalty)
-    with pytest.raises(ConfigError, match="protection: FSDP1"):
-        train(model, encoder, data, {**config, "fsdp": "full_shard"}, tmp_path / "f", protection=penalty)
+    with pytest.raises(ConfigError, match="other penalty"):
+        train(model, encoder, data, config, tmp_path / "0.0", penalty=penalty)
+    with pytest.raises(ConfigError, match="FSDP1"):
+        train(model, encoder, data, {**config, "fsdp": "full_shard"}, tmp_path / "f", penalty=penalty)
 
 
 def test_the_rule_sets_the_strength_from_the_untouched_model_s_loss(root, tmp_path):
@@ -273,22 +273,22 @@ def test_the_rule_sets_the_strength_from_the_untouched_model_s_loss(root, tmp_pa
         if parameter.requires_grad:
             parameter.data.zero_()
     config = {**CONFIG, "optimizer": "adamw_torch", "batch_size": 8, "max_steps": 8, "learning_rate": 1e-2}
-    history = train(model, encoder, data, config, tmp_path, protection=penalty).history
+    history = train(model, encoder, data, config, tmp_path, penalty=penalty).history
     assert penalty.strength == pytest.approx(total / count / (2 * 2e-3), rel=1e-5)
-    assert read_json(tmp_path / "protection.json")["strength"] == penalty.strength
+    assert read_json(tmp_path / "penalty" / "strength.json")["strength"] == penalty.strength
     assert 0 < history[-1]["old_divergence"] < 2e-3
     assert history[-1]["penalty"] == pytest.approx(2 * penalty.strength * history[-1]["old_divergence"], rel=1e-5)
     (tmp_path / "history.json").unlink()
-    (tmp_path / "protection.json").write_text('{"loss": 8}')
+    (tmp_path / "penalty" / "strength.json").write_text('{"loss": 8}')
     again = two_sided(model, cov, gradients, max_divergence=2e-3)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.zero_()
-    train(model, encoder, data, config, tmp_path, protection=again)
+    train(model, encoder, data, config, tmp_path, penalty=again)
     assert again.strength == 8 / (2 * 2e-3)
     with pytest.raises(ConfigError, match="ZeRO-3"):
         stage3 = {"zero_optimization": {"stage": 3}}
-        train(model, encoder, data, {**config, "deepspeed": stage3}, tmp_path / "z", protection=again)
+        train(model, encoder, data, {**config, "deepspeed": stage3}, tmp_path / "z", penalty=again)
 
 
 def two_sided_value(penalty):

@@ -45,7 +45,7 @@ def test_the_run_captures_protects_and_says_so(done):
     assert stage_names(config) == ["capture", "capture-gradients", "init", "train", "report"]
     run = folder / "run"
     history = read_json(run / "train" / "history.json")
-    strength = read_json(run / "train" / "protection.json")["strength"]
+    strength = read_json(run / "train" / "penalty" / "strength.json")["strength"]
     assert 0 < history[-1]["old_divergence"] < 0.005
     assert history[-1]["penalty"] == pytest.approx(2 * strength * history[-1]["old_divergence"], rel=1e-4)
     untrained = read_json(run / "adapter-init" / "kore.json")["recipe"]

@@ -61,7 +61,7 @@ def here(root: Path, output: Path, method: str = "random-a", strength: float | N
         data = load_conversations(root / "data" / "conversations.json", image_root=root / "data" / "images")
         data += load_conversations(root / "text" / "conversations.json")
         protection = None if strength is None else penalty(model, encoder, data, strength)
-        return train(model, encoder, data, {**CONFIG, **changes}, output, protection=protection)
+        return train(model, encoder, data, {**CONFIG, **changes}, output, penalty=protection)
     finally:
         torch.set_num_threads(threads)
 

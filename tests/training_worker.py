@@ -60,7 +60,7 @@ def main() -> None:
     conversations += load_conversations(root / "text" / "conversations.json")
     strength = options.get("strength")
     protection = None if strength is None else penalty(model, encoder, conversations, strength)
-    train(model, encoder, conversations, options["config"], output, protection=protection)
+    train(model, encoder, conversations, options["config"], output, penalty=protection)
     rank = os.environ.get("RANK", "0")
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     torch.save(trained, output / f"rank{rank}.pt")

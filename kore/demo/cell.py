@@ -122,12 +122,12 @@ def train_and_ask(
     seed: int,
     budget: Budget,
     directory: Path,
-    protection: Any = None,
+    penalty: Any = None,
 ) -> dict[str, Any]:
     """Train a prepared model on ``data`` and ask it all questions; what a cell holds, without its key.
 
     Args:
-        protection: A penalty for :func:`kore.train`.
+        penalty: A penalty for :func:`kore.train`.
     """
     import kore
 
@@ -136,7 +136,7 @@ def train_and_ask(
     config = kore.TrainConfig(
         **training_settings(learning_rate, budget), report_to=[], save_steps=None, progress=False, seed=seed
     )
-    result = kore.train(model, inputs.encoder, data, config, directory / "train", resume=False, protection=protection)
+    result = kore.train(model, inputs.encoder, data, config, directory / "train", resume=False, penalty=penalty)
     trained = time.perf_counter()
     new = ask(result.model, inputs.encoder, inputs.new_questions, directory / "new")
     old = ask(result.model, inputs.encoder, inputs.old_questions, directory / "old")

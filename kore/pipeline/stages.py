@@ -188,7 +188,7 @@ class TrainStage:
             conversations,
             settings,
             self.output,
-            protection=self._penalty(model),
+            penalty=self._penalty(model),
             recipe=self.recipe,
         )
         if self.init is None:

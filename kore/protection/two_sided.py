@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,14 @@ from torch.autograd.function import once_differentiable
 from kore.covariance import CovarianceSet, OutputGradients
 from kore.errors import KoreError
 from kore.models import base_model, check_fingerprint
+from kore.penalty import Penalty, Start
+from kore.processes import is_main_process
 from kore.protection.factored import Factored, factored
 
+_log = logging.getLogger(__name__)
+
 AUTO = "auto"
+STRENGTH = "strength.json"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -74,7 +80,7 @@ class _Trace(torch.autograd.Function):
         return (GBM * (2 * grad)).to(ctx.dtype), None, None
 
 
-class TwoSided:
+class TwoSided(Penalty):
     """λ Q with Q = Σ tr(Bᵀ G B · s² A C Aᵀ) over the adapted layers, G and C divided by their tokens. Call it.
 
     Attributes:
@@ -111,6 +117,28 @@ class TwoSided:
         Q = torch.stack([term.value().to(first) for term in self.terms]).sum()
         self.divergence = Q.detach() / 2
         return self.strength * Q
+
+    def step(self) -> torch.Tensor:
+        """As a call."""
+        return self()
+
+    def log(self) -> dict[str, float]:
+        """The estimate of KL(old ‖ new) in nats for each old row."""
+        return {} if self.divergence is None else {"old_divergence": float(self.divergence)}
+
+    def begin(self, start: Start) -> None:
+        """With the strength ``"auto"``, set λ from the untouched model's loss, once for a run."""
+        if self._settings["strength"] != AUTO:
+            return
+
+        def measure() -> dict[str, Any]:
+            loss = start.untouched_loss()
+            return {**self.settings(), "strength": self.settle(loss), "loss": loss}
+
+        loss = float(start.kept(STRENGTH, measure)["loss"])
+        strength = self.settle(loss)
+        if is_main_process():
+            _log.info("λ = %.4g, from a loss of %.4g on the new answers before training", strength, loss)
 
     def settle(self, loss: float) -> float:
         """Set λ = L0 / (2 κ) by the rule ``"auto"``, from L0, the untouched model's mean loss on new answer tokens.

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,17 @@ from kore.artifacts import atomic_directory, atomic_write, read_json
 from kore.data.encoder import Encoder
 from kore.data.types import BadRow, Conversation
 from kore.errors import ConfigError, DataError, KoreError, ModelError
+from kore.penalty import PENALTY, Start
 from kore.recipes import mark
 from kore.training.checkpoints import keep_newest, newest_complete, remove_incomplete
 from kore.training.config import TrainConfig
 from kore.training.dataset import TrainingSet
 from kore.training.identity import check_identity, run_identity, write_identity
-from kore.training.protected import STRENGTH, check_sharding, settle
+from kore.training.penalized import check_sharding, untouched_loss
 from kore.training.weights import has_adapter, load_trained
 
 if TYPE_CHECKING:
-    from kore.protection import TwoSided
+    from kore.penalty import Penalty
     from kore.training.trainer import KoreTrainer
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ def train(
     output_dir: str | os.PathLike[str] = "train",
     *,
     resume: bool = True,
-    protection: TwoSided | None = None,
+    penalty: Penalty | None = None,
     recipe: str | None = None,
 ) -> TrainResult:
     """Train what requires a gradient in ``model``, with loss on the answers of ``conversations``.
@@ -87,11 +89,9 @@ def train(
         output_dir: A directory of its own for this run.
         resume: Continue from the newest complete checkpoint in ``output_dir``, or return the finished run there;
             the result is that of an uninterrupted run. False starts over.
-        protection: A penalty from :func:`kore.two_sided`, added to the loss of every step. The history's ``loss`` is
-            the sum, its ``penalty`` the penalty alone and its ``old_divergence`` the penalty's estimate of
-            KL(old ‖ new) in nats for each old row, at the last step of the entry. With the strength ``"auto"`` λ is set
-            from the untouched model's loss on up to 256 of the ``conversations``, evenly spaced, and kept in
-            ``protection.json``. Not with FSDP1 or DeepSpeed ZeRO-3.
+        penalty: What is added to the loss of every step, such as :func:`kore.two_sided` or what a baseline's
+            ``penalty`` gives. The history's ``loss`` is the sum, its ``penalty`` the penalty alone at the last step of
+            the entry (its share by tokens as this process sees it). Not with FSDP1 or DeepSpeed ZeRO-3.
         recipe: The recipe that the settings come from, for ``kore.json`` of an adapter that has none yet; see
             :mod:`kore.recipes`. An adapter that has one keeps it. Where training differs from it is listed there.
 
@@ -104,7 +104,7 @@ def train(
     config = TrainConfig.of(config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("nothing in the model is trainable; wrap it with get_kore_model or baselines.prepare_model")
-    if protection is not None:
+    if penalty is not None:
         check_sharding(config)
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -114,13 +114,14 @@ def train(
     examples = TrainingSet(conversations, encoder, config.on_bad_row)
 
     from kore.adapter.halves import check_weight_decay
+    from kore.protection import TwoSided
     from kore.training.arguments import training_arguments
 
     arguments = training_arguments(config, output_dir, model)
     check_weight_decay(model, arguments.weight_decay)
     identity = run_identity(model, encoder, examples.conversations, config, arguments.world_size)
-    if protection is not None:
-        identity["protection"] = protection.identity()
+    if penalty is not None:
+        identity["penalty"] = penalty.identity()
     known = resume and check_identity(output_dir, identity)
     result = _result(model, output_dir, examples.bad_rows)
     if known and (output_dir / HISTORY).is_file() and result.target.is_dir():
@@ -131,10 +132,11 @@ def train(
     if arguments.process_index == 0:
         _prepare(output_dir, identity, keep=known)
     _barrier()
-    if protection is not None:
-        settle(protection, model, encoder, examples, config.batch_size, output_dir)
-    mark(model, recipe, train=config, protection=protection)
-    result.history = _fit(model, encoder, examples, config, arguments, result, checkpoint, protection)
+    if penalty is not None:
+        untouched = partial(untouched_loss, model, encoder, examples, config.batch_size)
+        penalty.begin(Start(model, encoder, examples, config.batch_size, output_dir / PENALTY, untouched))
+    mark(model, recipe, train=config, protection=penalty if isinstance(penalty, TwoSided) else None)
+    result.history = _fit(model, encoder, examples, config, arguments, result, checkpoint, penalty)
     return result
 
 
@@ -158,8 +160,7 @@ def _prepare(output_dir: Path, identity: dict[str, Any], keep: bool) -> None:
         return
     (output_dir / HISTORY).unlink(missing_ok=True)
     keep_newest(output_dir, 0)
-    (output_dir / STRENGTH).unlink(missing_ok=True)
-    for name in ("adapter", "model"):
+    for name in ("adapter", "model", PENALTY):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     write_identity(output_dir, identity)
 
@@ -172,7 +173,7 @@ def _fit(
     arguments: Any,
     result: TrainResult,
     checkpoint: Path | None,
-    protection: TwoSided | None,
+    penalty: Penalty | None,
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -185,7 +186,7 @@ def _fit(
         trainer = KoreTrainer(
             model=model,
             config=config,
-            protection=protection,
+            penalty=penalty,
             args=arguments,
             train_dataset=examples,
             data_collator=encoder.collate,

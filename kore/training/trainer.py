@@ -13,45 +13,39 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from kore.errors import KoreError
 from kore.models import base_model, projector_name
-from kore.protection import TwoSided
+from kore.penalty import IGNORE, Forward, Penalty
 from kore.training.checkpoints import keep_newest, mark_complete
 from kore.training.config import TrainConfig
 from kore.training.weights import load_trained, save_trained
 
-_IGNORE = -100
 
-
-def answer_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
+def answer_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     """Cross entropy summed over the labelled tokens and divided by ``count``.
 
     Args:
         logits: (batch, positions, vocabulary), any float dtype; computed in float32, on labelled tokens only.
         targets: (batch, positions), the token after each position; -100 carries no loss.
-        count: Labelled tokens of the whole optimizer step, over all its forward passes and processes; None
-            means those of ``targets``.
+        count: Labelled tokens of the whole optimizer step, over all its forward passes and processes.
     """
-    targets = targets.to(logits.device)
-    labelled = targets != _IGNORE
-    total = torch.nn.functional.cross_entropy(logits[labelled].float(), targets[labelled], reduction="sum")
-    return total / (labelled.sum() if count is None else count)
+    labelled = targets != IGNORE
+    return torch.nn.functional.cross_entropy(logits[labelled].float(), targets[labelled], reduction="sum") / count
 
 
-def batch_loss(
-    model: Any, inputs: dict[str, Any], count: torch.Tensor | int | None, selects_logits: bool
-) -> tuple[torch.Tensor, Any]:
-    """:func:`answer_loss` of one batch with ``labels``, and the model's outputs.
+def forward(model: Any, batch: dict[str, Any], selects_logits: bool, count: Any = None) -> Forward:
+    """Run one batch with ``labels`` through the model.
 
     With ``selects_logits`` the output head, the largest activation of all, runs only where some row of the batch has an
-    answer; the model must know ``logits_to_keep``.
+    answer; the model must know ``logits_to_keep``. ``count`` is by default the batch's own number of labelled tokens.
     """
-    inputs = dict(inputs)
+    inputs = {**batch, "use_cache": False}
     targets = inputs.pop("labels")[:, 1:]
     if selects_logits:
-        places = (targets != _IGNORE).any(dim=0).nonzero().squeeze(1)
-        outputs = model(**inputs, use_cache=False, logits_to_keep=places)
-        return answer_loss(outputs.logits, targets[:, places], count), outputs
-    outputs = model(**inputs, use_cache=False)
-    return answer_loss(outputs.logits[:, :-1], targets, count), outputs
+        places = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
+        inputs["logits_to_keep"], targets = places, targets[:, places]
+    outputs = model(**inputs)
+    logits = outputs.logits if selects_logits else outputs.logits[:, :-1]
+    count = (targets != IGNORE).sum() if count is None else count
+    return Forward(inputs, outputs, logits, targets.to(logits.device), count)
 
 
 def selects_logits(model: Any) -> bool:
@@ -79,11 +73,11 @@ class KoreTrainer(Trainer):
     """Trains what requires a gradient, the multimodal projector at its own learning rate.
 
     Checkpoints hold the adapter only (of a model without adapter: the trained weights), count once they are
-    complete, and load into the parameters in place, so what is frozen stays frozen. ``protection`` is added to the
-    loss of every optimizer step once, whatever way the step is split.
+    complete, and load into the parameters in place, so what is frozen stays frozen. What ``penalty`` gives is added
+    to the loss of every optimizer step, whatever way the step is split.
     """
 
-    def __init__(self, model: Any, *, config: TrainConfig, protection: TwoSided | None = None, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *, config: TrainConfig, penalty: Penalty | None = None, **kwargs: Any) -> None:
         super().__init__(model=model, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -92,8 +86,9 @@ class KoreTrainer(Trainer):
             self.add_callback(LossBar)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, in compute_loss
         self._config = config
-        self._protection = protection
-        self._penalty: torch.Tensor | None = None
+        self._penalty = penalty
+        self._paid: torch.Tensor | None = None
+        self._step_ended = True
         self._model: torch.nn.Module = model
         base = base_model(model)
         self._selects_logits = selects_logits(model)
@@ -141,21 +136,43 @@ class KoreTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross entropy over the answer tokens of the whole optimizer step, whatever way it is split."""
-        loss, outputs = batch_loss(model, inputs, num_items_in_batch, self._selects_logits)
+        passed = forward(model, inputs, self._selects_logits, num_items_in_batch)
+        loss = answer_loss(passed.logits, passed.targets, passed.count)
         if "pixel_values" not in inputs and not self.is_fsdp_enabled:
             # A batch without images gives the projector a zero gradient, as DDP needs one for every parameter.
             loss = torch.stack([loss, *(parameter.sum() * 0 for parameter in self._projector_parameters)]).sum()
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        if self._protection is not None and model.training and self.accelerator.sync_gradients:
-            penalty = self._protection()
-            self._penalty = penalty.detach()
-            if num_items_in_batch is None:  # the Trainer then divides the loss by the forward passes of the step
-                penalty = penalty * getattr(
-                    self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
-                )
-            loss = loss + penalty.to(loss.device)
+        if self._penalty is not None and model.training:
+            loss = loss + self._added(self._penalty, passed, num_items_in_batch is not None)
+        outputs = passed.outputs
         return (loss, outputs) if return_outputs else loss
+
+    def _added(self, penalty: Penalty, passed: Forward, split: bool) -> torch.Tensor:
+        """What the penalty adds to the loss of one forward pass.
+
+        ``split``: the loss is a sum over the step, divided by its tokens, of which the Trainer takes the mean over the
+        processes; else a mean over this pass, which the Trainer divides by the number of passes.
+        """
+        added = torch.zeros((), device=passed.logits.device)
+        paid = torch.zeros_like(added) if self._paid is None or self._step_ended else self._paid
+        self._step_ended = self.accelerator.sync_gradients
+        by_pass = penalty.batch(passed)
+        if by_pass is not None:
+            added = added + by_pass * (self.accelerator.num_processes if split else 1)
+            paid = paid + by_pass.detach()
+        by_step = penalty.step() if self._step_ended else None
+        if by_step is not None:
+            by_step = by_step.to(added.device)
+            added = added + by_step * (1 if split else self._passes)
+            paid = paid + by_step.detach()
+        self._paid = paid
+        return added
+
+    @property
+    def _passes(self) -> int:
+        passes = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        return int(passes)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the projector's learning rate; stops the run when the loss is not finite."""
@@ -165,9 +182,8 @@ class KoreTrainer(Trainer):
                 f"the training loss is {loss} at step {self.state.global_step}; lower train.learning_rate "
                 "(or train.projector_learning_rate), or look for broken examples"
             )
-        if self._protection is not None and self._penalty is not None and loss is not None:
-            logs["penalty"] = float(self._penalty)
-            logs["old_divergence"] = float(self._protection.divergence)  # type: ignore[arg-type]
+        if self._penalty is not None and self._paid is not None and loss is not None:
+            logs |= {"penalty": float(self._paid), **self._penalty.log()}
         if "learning_rate" in logs and self._projector_ratio is not None:
             logs["projector_learning_rate"] = logs["learning_rate"] * self._projector_ratio
         super().log(logs, *args, **kwargs)

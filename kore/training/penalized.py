@@ -1,14 +1,12 @@
-"""What a penalty on the loss needs from a training run: whether its weights are sharded, and how strong it shall be."""
+"""What a penalty needs from a training run: whole weights, and the loss it starts from."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kore.artifacts import atomic_write, read_json
+from kore.artifacts import read_json
 from kore.data.encoder import Encoder
 from kore.errors import ConfigError
 from kore.training.config import TrainConfig
@@ -17,24 +15,19 @@ from kore.training.dataset import TrainingSet
 if TYPE_CHECKING:
     from torch import nn
 
-    from kore.protection import TwoSided
-
-logger = logging.getLogger(__name__)
-
-STRENGTH = "protection.json"
 _SAMPLES = 256
 
 
 def check_sharding(config: TrainConfig) -> None:
-    """Raise ConfigError where the weights are split in a way that hides B from a penalty: FSDP1 and ZeRO-3."""
+    """Raise ConfigError where the weights are split in a way that hides them from a penalty: FSDP1 and ZeRO-3."""
     if config.fsdp and _fsdp_version(config) != 2:
         raise ConfigError(
-            "protection: FSDP1 (fsdp) is not supported, its weights are flattened; "
+            "a penalty: FSDP1 (fsdp) is not supported, its weights are flattened; "
             "set fsdp_config: {fsdp_version: 2}, or train data-parallel"
         )
     if config.deepspeed and _zero_stage(config) >= 3:
         raise ConfigError(
-            "protection: DeepSpeed ZeRO-3 (deepspeed) is not supported, it holds B only while its layer runs; "
+            "a penalty: DeepSpeed ZeRO-3 (deepspeed) is not supported, it holds a weight only while its layer runs; "
             "use stage 2 or less, or train data-parallel"
         )
 
@@ -53,32 +46,6 @@ def _read(settings: str | dict[str, Any] | None) -> dict[str, Any]:
     return found or {}
 
 
-def settle(
-    protection: TwoSided, model: nn.Module, encoder: Encoder, examples: TrainingSet, batch_size: int, output_dir: Path
-) -> None:
-    """Give a penalty with the strength ``"auto"`` its λ, the same in every process and in every resumed run."""
-    import torch.distributed as dist
-
-    if protection.settings()["strength"] != "auto":
-        return
-    file = output_dir / STRENGTH
-    processes = dist.is_available() and dist.is_initialized()
-    rank = dist.get_rank() if processes else 0
-    kept = file.is_file()
-    if processes:
-        dist.barrier()
-    if kept:
-        loss = float(read_json(file)["loss"])
-    else:
-        loss = untouched_loss(model, encoder, examples, batch_size)
-    strength = protection.settle(loss)
-    if not kept and rank == 0:
-        about = {**protection.settings(), "strength": strength, "loss": loss}
-        atomic_write(file, json.dumps(about, indent=1) + "\n")
-    if rank == 0:
-        logger.info("protection: λ = %.4g, from a loss of %.4g on the new answers before training", strength, loss)
-
-
 def untouched_loss(model: nn.Module, encoder: Encoder, examples: TrainingSet, batch_size: int) -> float:
     """L0: mean −log p over the answer tokens of up to 256 evenly spaced examples, adapters off.
 
@@ -87,7 +54,7 @@ def untouched_loss(model: nn.Module, encoder: Encoder, examples: TrainingSet, ba
     import torch
     import torch.distributed as dist
 
-    from kore.training.trainer import batch_loss, selects_logits
+    from kore.training.trainer import answer_loss, forward, selects_logits
 
     processes = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if processes else (0, 1)
@@ -103,8 +70,9 @@ def untouched_loss(model: nn.Module, encoder: Encoder, examples: TrainingSet, ba
             for start in range(0, len(chosen), batch_size):
                 batch = encoder.collate([examples[index] for index in chosen[start : start + batch_size]])
                 batch = {key: value.to(device) for key, value in batch.items()}
-                total += float(batch_loss(model, batch, 1, selects_logits(model))[0])
-                tokens += int((batch["labels"][:, 1:] != -100).sum())
+                passed = forward(model, batch, selects_logits(model))
+                total += float(answer_loss(passed.logits, passed.targets, 1))
+                tokens += int(passed.count)
     finally:
         model.train(training)
     if processes:
