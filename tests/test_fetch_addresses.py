@@ -98,3 +98,38 @@ def test_urls_in_messages_hold_no_query():
     assert shown == "https://example.org:8443/search?…"
     assert "SECRET" not in redact("https://example.org/?SECRET")
     assert redact("https://[bad/?key=SECRET") == "(a malformed URL)"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:secret@ex\u2100mple.org/",
+        "https://user:secret/@example.org/",
+        "https://example.org:secret/",
+        "https://[fe80::1%25secret]/",
+        "https://[v1.a]/",
+        "https://[::1]x/",
+        "https://example.org../",
+        "https://example.org/\ud800",
+        "https://example.org:0/",
+        "data:image/png;base64,secret",
+        "javascript:secret()",
+    ],
+)
+def test_malformed_urls_are_refused_and_not_quoted(url):
+    with pytest.raises(Refused) as caught:
+        check_url(url, Allowlist(("*",)))
+    assert "secret" not in str(caught.value).replace("secret()", "").partition(": ")[2]
+    str(caught.value).encode()
+
+
+def test_patterns_are_compared_as_hosts_are_written():
+    allow = Allowlist(("Bücher.example", "EXAMPLE.org.:8080", "[0:0::1]:81", "*.Wiki.net."))
+    assert allow.hosts == ("xn--bcher-kva.example", "example.org:8080", "[::1]:81", "*.wiki.net")
+    assert Allowlist(allow.hosts) == allow
+    for url in ("https://bücher.example/", "http://example.org.:8080/", "http://[::1]:81/", "http://[0::1]/"):
+        check_url(url, allow)
+    check_url("https://例え.wiki.net/", allow)
+    for wrong in ("example.org:0", "example.org:99999", "example.org:²", "[fe80::1%eth0]", "a b", "user@example.org"):
+        with pytest.raises(KoreError, match="expected a host such as"):
+            Allowlist((wrong,))

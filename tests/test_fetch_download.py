@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import socket
 import ssl
@@ -12,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from kore.errors import KoreError, Unavailable
-from kore.fetch import Allowlist, Answered, Downloader, DownloadLimits, Refused, download, download_json
+from kore.fetch import Allowlist, Answered, Downloader, DownloadLimits, Refused, Unfit, download, download_json
 from kore.fetch.pacing import Pacer
 from tests.image_server import QUICK, image_server, picture
 
@@ -321,6 +322,73 @@ def test_hosts_are_asked_at_a_pace(monkeypatch):
     assert pacer.wait("b", 2.0, 60.0) == 0 and slept[-2:] == [2.0, 10.0]
     interrupt.append(lambda: pacer.block("b", 99.0))
     assert pacer.wait("b", 2.0, 60.0) == 99.0 and slept[-1] == 2.0
+
+
+@pytest.mark.parametrize("number", ["²", "5²", "9" * 5000, "-5", "0x10", ""])
+def test_numbers_of_headers_that_are_none(server, number):
+    def page(handler):
+        handler.wfile.write(f"HTTP/1.1 200 OK\r\nContent-Length: {number}\r\n\r\n".encode("latin-1") + picture())
+        handler.close_connection = True
+
+    def busy(handler):
+        handler.wfile.write(f"HTTP/1.1 503 No\r\nRetry-After: {number}\r\n\r\n".encode("latin-1"))
+        handler.close_connection = True
+
+    server.pages.update({"/a": page, "/b": busy})
+    downloader = server.downloader(replace(QUICK, attempts=1))
+    with contextlib.suppress(Unfit):
+        assert downloader.image(server.url("/a")).body == picture()
+    with pytest.raises(Unavailable, match="answers 503"):
+        downloader.get(server.url("/b"))
+
+
+def test_an_answer_that_asks_to_wait_is_asked_again(server):
+    body = b'{"error": {"code": "maxlag", "info": "Waiting for 10.0.0.1: 7 seconds lagged"}}'
+
+    def page(handler):
+        if len(server.asked) == 1:
+            handler.answer(body=body, Retry_After="1")
+        else:
+            handler.answer(body=b'{"query": {}}')
+
+    server.pages["/api"] = page
+    start = time.monotonic()
+    assert server.downloader().json(server.url("/api")) == {"query": {}}
+    assert len(server.asked) == 2 and time.monotonic() - start > 0.9
+    server.pages["/api"] = lambda handler: handler.answer(body=body, Retry_After="99")
+    with pytest.raises(Unavailable, match="7 seconds lagged"):
+        server.downloader(replace(QUICK, max_wait=9)).json(server.url("/api"))
+
+
+def test_other_threads_leave_an_overloaded_server_alone_too(server):
+    server.pages["/a"] = lambda handler: handler.answer(429)
+    downloader = server.downloader(replace(QUICK, attempts=1, backoff=30.0, max_wait=20.0))
+    with pytest.raises(Unavailable, match="answers 429"):
+        downloader.image(server.url("/a"))
+    with pytest.raises(Unavailable, match="asks to be left alone for 30 s"):
+        downloader.image(server.url("/a"))
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("length", [10**9, 300_000])
+def test_an_error_keeps_its_status_whatever_its_body(server, length):
+    server.pages["/a"] = lambda handler: handler.answer(403, b"x" * 250_000, length=length)
+    with pytest.raises(Answered, match="answers 403"):
+        server.downloader().json(server.url("/a"))
+    assert len(server.asked) == 1
+
+
+def test_redirects_to_paths_that_are_not_ascii(server):
+    server.pages["/go"] = lambda handler: handler.answer(302, Location="/b\u00fccher".encode().decode("latin-1"))
+    server.pages["/b%C3%BCcher"] = picture()
+    assert server.downloader().image(server.url("/go")).body == picture()
+
+
+def test_proxies_of_the_environment_are_not_asked(server, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    server.pages["/a"] = picture()
+    assert server.downloader().image(server.url("/a")).body == picture()
 
 
 def test_keys_of_the_query_reach_no_message(server, caplog):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
 
 import numpy
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from kore.errors import DataError
-from kore.fetch import decode_image, image_kind
+from kore.fetch import decode_image, image_kind, image_size, open_image
 from tests.image_server import picture
 
 
@@ -111,3 +112,74 @@ def test_the_first_picture_of_an_animation(kind):
     frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
     red, _, blue = decode_image(buffer.getvalue(), "a").pixels.getpixel((4, 4))
     assert red > 240 and blue < 15
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_as_pillow_turns_it(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = picture("PNG", exif=exif)
+    (tmp_path / "a.png").write_bytes(data)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = numpy.asarray(ImageOps.exif_transpose(image))
+    for pixels in (decode_image(data, "a").pixels, open_image(tmp_path / "a.png")):
+        assert numpy.array_equal(numpy.asarray(pixels), expected) and dict(pixels.getexif()).get(0x0112) in (None, 1)
+    assert image_size(tmp_path / "a.png") == expected.shape[:2]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_malformed_exif_does_not_cost_the_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = picture("JPEG", exif=exif)
+    for wrong in (b"Exif\0\0XX", b"Exif\0\0MM\0\xaa", b"Exif\0\0MM\0*\xff"):
+        broken = data.replace(data[data.index(b"Exif") :][: len(wrong)], wrong, 1)
+        (tmp_path / "a.jpg").write_bytes(broken)
+        assert decode_image(broken, "a").pixels.size == open_image(tmp_path / "a.jpg").size == (60, 40)
+        assert image_size(tmp_path / "a.jpg") == (40, 60)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_changed_bytes_raise_nothing_but_data_errors(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "text" * 9
+    random, path = numpy.random.default_rng(0), tmp_path / "a.img"
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
+        data = picture(kind, **({} if kind == "GIF" else {"exif": exif}))
+        for _ in range(60):
+            changed = bytearray(data)
+            for place in random.integers(8, min(len(data), 250), 3):
+                changed[place] = random.integers(0, 256)
+            path.write_bytes(changed)
+            for decode in (
+                lambda: decode_image(bytes(changed), "a"),
+                lambda: open_image(path),
+                lambda: image_size(path),
+            ):
+                with contextlib.suppress(DataError):
+                    decode()
+
+
+def test_drawings_that_are_programs_are_not_opened(tmp_path, monkeypatch):
+    drawing = tmp_path / "a.jpg"
+    Image.new("RGB", (8, 8)).save(drawing, "EPS")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
+    for read in (open_image, image_size):
+        with pytest.raises(DataError, match="cannot be read"):
+            read(drawing)
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.tif")
+    assert open_image(tmp_path / "a.tif").size == (8, 6)
+
+
+def test_nothing_but_pixels_is_kept():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = picture("JPEG", icc_profile=profile, xmp=b"<x>a secret</x>", comment=b"a secret", dpi=(72, 72))
+    assert b"ICC_PROFILE" in data and b"a secret" in data
+    stored = io.BytesIO()
+    decode_image(data, "a").pixels.save(stored, "JPEG")
+    assert all(mark not in stored.getvalue() for mark in (b"ICC_PROFILE", b"secret", b"Exif", b"http"))
+    cmyk = Image.new("CMYK", (9, 9), (0, 255, 255, 0))
+    buffer = io.BytesIO()
+    cmyk.save(buffer, "JPEG")
+    red, green, blue = decode_image(buffer.getvalue(), "a").pixels.getpixel((4, 4))
+    assert red > 240 and green < 15 and blue < 15

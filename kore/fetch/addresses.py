@@ -48,6 +48,14 @@ _ISATAP = (0x00005EFE, 0x02005EFE)
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
 # What a URL may hold as it is; anything else is percent-encoded before it is sent.
 _SAFE = "%/:=&?~#+!$,;'@()*[]-._"
+_NEVER = re.compile(r'[\x00-\x20\x7f\\<>"\ud800-\udfff]')
+_BRACKETS = re.compile(r"\[[0-9a-fA-F:.]+\](:[0-9]*)?")
+_PATTERN = re.compile(
+    r"(\[?(?P<v6>[0-9a-f:.]*:[0-9a-f:.]*:[0-9a-f.]*)\]?|(?P<host>[^:\[\]/@]+))"  # ::1, [::1] or example.org
+    r"(:(?P<port>[0-9]{1,5}))?"
+)
+    r"(\[?(?P<v6>[0-9a-f:.]*:[0-9a-f:.]*:[0-9a-f.]*)\]?|(?P<host>[^:\[\]/@]+))(:(?P<port>[0-9]{1,5}))?"
+)
 
 
 class Refused(KoreError):
@@ -102,11 +110,33 @@ class Target:
     path: str
 
 
-def _split_port(pattern: str) -> tuple[str, int | None]:
-    host, colon, port = pattern.rpartition(":")
-    if colon and port.isdigit() and (host.startswith("[") or ":" not in host):
-        return host.strip("[]"), int(port)
-    return pattern.strip("[]"), None
+@dataclass(frozen=True)
+class _Pattern:
+    """An entry of an allowlist: a host, ``*.`` and a domain, or ``*``; and a port beside the usual ones."""
+
+    host: str
+    port: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> _Pattern:
+        match = _PATTERN.fullmatch(text.strip().lower())
+        if match is None:
+            raise ValueError("malformed")
+        host, port = match["v6"] or match["host"], int(match["port"]) if match["port"] else None
+        if port is not None and not 0 < port < 65536:
+            raise ValueError("no such port")
+        if ":" in host:
+            return cls(str(ipaddress.IPv6Address(host)), port)
+        star = "*." if host.startswith("*.") else ""
+        return cls("*" if host == "*" else star + _plain_host(host[len(star) :]), port)
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port is None else f"{host}:{self.port}"
+
+    def fits(self, host: str, port: int, usual: int) -> bool:
+        below = self.host.startswith("*.") and host.endswith(self.host[1:])
+        return (self.host in ("*", host) or below) and port in (self.port, usual)
 
 
 @dataclass(frozen=True)
@@ -125,41 +155,38 @@ class Allowlist:
     def __post_init__(self) -> None:
         if isinstance(self.hosts, str):
             raise KoreError(f"hosts: expected a list of host names, got the text {self.hosts!r}")
-        hosts = tuple(host.strip().lower().rstrip(".") for host in self.hosts)
-        for pattern in hosts:
-            host, _ = _split_port(pattern)
-            if not _is_pattern(host):
-                raise KoreError(f"host {pattern!r}: expected a host such as example.org, *.example.org or *, not a URL")
-        object.__setattr__(self, "hosts", hosts)
+        hosts = []
+        for pattern in self.hosts:
+            try:
+                hosts.append(str(_Pattern.parse(pattern)))
+            except ValueError:
+                raise KoreError(
+                    f"host {pattern!r}: expected a host such as example.org, *.example.org or *, not a URL"
+                ) from None
+        object.__setattr__(self, "hosts", tuple(hosts))
 
     def allows(self, host: str, port: int, scheme: str) -> bool:
         """Whether a connection to this host and port may be made."""
-        for pattern in self.hosts:
-            name, listed = _split_port(pattern)
-            same = name == "*" or name == host or (name.startswith("*.") and host.endswith(name[1:]))
-            if same and (port == listed or port == _DEFAULT_PORTS[scheme]):
-                return True
-        return False
+        return any(_Pattern.parse(pattern).fits(host, port, _DEFAULT_PORTS[scheme]) for pattern in self.hosts)
 
 
-def _is_pattern(host: str) -> bool:
-    if host == "*" or _HOST.fullmatch(host.removeprefix("*.")):
-        return True
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _ascii_host(parts: SplitResult) -> str:
-    host = (parts.hostname or "").rstrip(".")
-    if ":" in host:
-        return str(ipaddress.IPv6Address(host))
-    host = host.encode("idna").decode("ascii").lower()
+def _plain_host(name: str) -> str:
+    """A host name in lower-case ASCII without a dot at its end. Raises ValueError where it is malformed."""
+    host = name.encode("idna").decode("ascii").lower().removesuffix(".")
     if not _HOST.fullmatch(host):
-        raise ValueError("a malformed host name")
+        raise ValueError("malformed")
     return host
+
+
+def _split(url: str) -> tuple[SplitResult, str, int | None]:
+    """The parts of a URL, its host and its port. Raises ValueError where it is malformed."""
+    parts = urlsplit(url)
+    if "[" in parts.netloc and not _BRACKETS.fullmatch(parts.netloc.rpartition("@")[2]):
+        raise ValueError("malformed")
+    host = parts.hostname or ""
+    # A zone, as in fe80::1%eth0, names an interface of this machine.
+    host = str(ipaddress.IPv6Address(host)) if ":" in host else _plain_host(host)
+    return parts, host, parts.port
 
 
 def check_url(url: str, allow: Allowlist) -> Target:
@@ -170,23 +197,22 @@ def check_url(url: str, allow: Allowlist) -> Target:
             listed.
     """
     shown = redact(url)
-    if len(url) > 8192 or any(letter <= " " or letter in '\x7f\\<>"' for letter in url):
-        raise Refused(f"{shown}: not a well-formed URL")
+    scheme = url.partition(":")[0].lower()
+    if scheme not in _DEFAULT_PORTS:
+        got = repr(scheme) if ":" in url and scheme.isalnum() else "no scheme"
+        raise Refused(f"{shown}: expected http:// or https://, got {got[:20]}")
     try:
-        parts = urlsplit(url)
-        if parts.scheme not in _DEFAULT_PORTS:
-            raise Refused(f"{shown}: expected http:// or https://, got {parts.scheme or 'no scheme'!r}")
-        host, port = _ascii_host(parts), parts.port or _DEFAULT_PORTS[parts.scheme]
-    except UnicodeError:
-        raise Refused(f"{shown}: its host name is malformed") from None
-    except ValueError as error:
-        if isinstance(error, Refused):
-            raise
-        raise Refused(f"{shown}: {error}") from None
+        if len(url) > 8192 or _NEVER.search(url):
+            raise ValueError("malformed")
+        parts, host, port = _split(url)
+    except ValueError:
+        # Its own words could hold a password.
+        raise Refused(f"{shown}: not a well-formed URL, or a malformed host name or port") from None
+    port = _DEFAULT_PORTS[scheme] if port is None else port
     if parts.username is not None or parts.password is not None:
         raise Refused(f"{shown}: a URL with a user name or password is not fetched")
-    if not allow.allows(host, port, parts.scheme):
+    if not allow.allows(host, port, scheme):
         listed = ", ".join(allow.hosts) or "none"
         raise Refused(f"{shown}: {host}, port {port}, is not on the list of allowed hosts ({listed}); add it to allow")
     path = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE)}" if parts.query else "")
-    return Target(url, parts.scheme, host, port, path)
+    return Target(url, scheme, host, port, path)

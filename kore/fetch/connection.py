@@ -100,6 +100,8 @@ class Exchange:
             self._sock.close()
             raise
         self.status: int = self._response.status
+        self.length: int | None = self._response.length
+        """Bytes of the body, where the server says it."""
         self.headers = {name.lower(): value for name, value in self._response.getheaders()}
 
     def __enter__(self) -> Exchange:

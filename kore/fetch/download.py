@@ -7,6 +7,7 @@ Sizes and times are capped while reading, and hosts are asked at a polite pace.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
 import json
@@ -27,6 +28,7 @@ from kore.fetch.pacing import Pacer
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PASSING = (408, 425, 429)
+_ERROR_BYTES = 64 * 1024
 
 Resolver = Callable[[str, int], Sequence[str]]
 
@@ -37,7 +39,8 @@ class DownloadLimits:
 
     Attributes:
         max_bytes: The largest body.
-        timeout: Seconds for the whole of one request, redirects not included.
+        timeout: Seconds for the whole of one request, without redirects, the pace, and the look-up of the name, for
+            which the system has its own limits.
         read_timeout: Seconds for the connection and for each single read.
         max_redirects: The longest chain of redirects.
         delay: Seconds between two requests to one host.
@@ -72,7 +75,7 @@ def _look_up(host: str, port: int) -> list[str]:
 
 def _retry_after(headers: Mapping[str, str]) -> float:
     value = headers.get("retry-after", "").strip()
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(value[:9])
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
@@ -248,13 +251,18 @@ class Downloader:
         shown, status = redact(target.url), exchange.status
         location = exchange.headers.get("location", "")
         if status in _REDIRECTS and location:
+            with contextlib.suppress(UnicodeError):
+                location = location.encode("latin-1").decode()
             return location
-        if status != 200:
-            said = "" if check else _said(self._body(target, exchange, None), target.url)
+        # MediaWiki answers 200 with Retry-After when its databases are too busy to be asked.
+        busy = status == 200 and check is None and _retry_after(exchange.headers) > 0
+        if status != 200 or busy:
+            said = "" if check else _said(_beginning(exchange, _ERROR_BYTES), target.url)
             message = f"{shown}: the server answers {status}{said}"
-            if status not in _PASSING and status < 500:
+            if status not in _PASSING and status < 500 and not busy:
                 raise Answered(message, status)
-            wait = _retry_after(exchange.headers)
+            # Other threads keep away from an overloaded server that names no time.
+            wait = _retry_after(exchange.headers) or (self.limits.backoff if status in (429, 503) else 0.0)
             self._pacer.block(target.host, wait)
             if wait > self.limits.max_wait:
                 raise LeftAlone(f"{message} and asks to be left alone for {wait:.0f} s; try again later")
@@ -266,9 +274,8 @@ class Downloader:
 
     def _body(self, target: Target, exchange: Exchange, check: Callable[[bytes, str], None] | None) -> bytes:
         shown, limit = redact(target.url), self.limits.max_bytes
-        announced = exchange.headers.get("content-length", "")
-        if announced.isdigit() and int(announced) > limit:
-            raise Unfit(f"{shown}: {announced} bytes; the limit is {limit}")
+        if (announced := exchange.length or 0) > limit:
+            raise Unfit(f"{shown}: {min(announced, 10**18)} bytes; the limit is {limit}")
         body = bytearray()
         while part := exchange.read():
             body += part
@@ -280,6 +287,15 @@ class Downloader:
         if check:
             check(bytes(body), shown)
         return bytes(body)
+
+
+def _beginning(exchange: Exchange, limit: int) -> bytes:
+    """What an error's body begins with, as far as it comes."""
+    body = bytearray()
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while len(body) < limit and (part := exchange.read()):
+            body += part
+    return bytes(body)
 
 
 def _describe(body: bytes) -> str:

@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,16 @@ IMAGE_HEAD = 256
 """How many first bytes tell what an image is, or what is there in its place."""
 
 _EXIF_ORIENTATION = 0x0112
+# Of Image.Transpose, by orientation.
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _SWAPS_SIDES = (5, 6, 7, 8)
+# Drawings such as EPS are left out: Pillow has them drawn by a program that runs what they say.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# What Pillow raises for malformed files of these formats, found by changing bytes of whole ones.
+_MALFORMED = (
+    *(OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, IndexError),
+    *(AttributeError, ArithmeticError, struct.error, zlib.error),
+)
 
 
 def resolve_image(name: str, root: str | os.PathLike[str]) -> Path:
@@ -49,16 +59,17 @@ def resolve_image(name: str, root: str | os.PathLike[str]) -> Path:
 
 
 def _open(path: Path, max_bytes: int, max_pixels: int) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    Image.init()
     try:
         size = path.stat().st_size
         if size > max_bytes:
             raise DataError(f"image {path} has {size} bytes; the limit is {max_bytes}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+    except (*_MALFORMED, Image.DecompressionBombError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"image {path} cannot be read ({type(error).__name__}: {error})") from None
@@ -76,11 +87,8 @@ def image_size(
     Raises:
         DataError: The file is missing, not an image, or over a limit.
     """
-    from PIL import Image
-
     with _open(Path(path), max_bytes, max_pixels) as image:
-        # The method of the base class: that of PNG files decodes the whole image to look behind it.
-        swapped = Image.Image.getexif(image).get(_EXIF_ORIENTATION) in _SWAPS_SIDES
+        swapped = _orientation(image) in _SWAPS_SIDES
         return (image.width, image.height) if swapped else (image.height, image.width)
 
 
@@ -92,13 +100,13 @@ def open_image(
     Raises:
         DataError: The file is missing, not an image, truncated, or over a limit.
     """
-    from PIL import ImageOps
-
     with _open(Path(path), max_bytes, max_pixels) as image:
         try:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            pixels = _turned(image.convert("RGB"), _orientation(image))
+        except _MALFORMED as error:
             raise DataError(f"image {path} cannot be decoded ({type(error).__name__}: {error})") from None
+    pixels.info.clear()  # its orientation does not hold any longer
+    return pixels
 
 
 def image_kind(head: bytes) -> str | None:
@@ -158,23 +166,38 @@ def decode_image(
                 if image.width * image.height > max_pixels:
                     size = f"{image.width} x {image.height}"
                     raise DataError(f"image {name} has {size} pixels; the limit is {max_pixels} in all")
+                orientation = _orientation(image)
                 image.load()
-                return DecodedImage(_plain(image), kind, image.mode in ("1", "P"))
+                return DecodedImage(_turned(_plain(image), orientation), kind, image.mode in ("1", "P"))
     except (Image.DecompressionBombError, MemoryError) as error:
         raise DataError(f"image {name} is too large ({error})") from None
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, IndexError, struct.error) as error:
+    except _MALFORMED as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from None
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """RGB pixels, upright, in a new image that carries no metadata."""
-    from PIL import Image, ImageOps
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image that is not decoded yet; an unreadable EXIF block says nothing about it."""
+    from PIL import Image
 
-    # An unreadable EXIF block says nothing about the orientation.
-    with contextlib.suppress(OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error, ZeroDivisionError):
-        image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(*_MALFORMED):
+        # The method of the base class: that of PNG files decodes the whole image to look behind it.
+        return int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))
+    return 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    from PIL import Image
+
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(Image.Transpose(turn))
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """RGB pixels in a new image that carries no metadata."""
+    from PIL import Image
+
     if image.mode.startswith("I") or image.mode == "F":
         import numpy
 
