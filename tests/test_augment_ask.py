@@ -16,6 +16,7 @@ from kore.augmentation.ask import Asker, NotGenerated
 from kore.augmentation.cache import Cache
 from kore.augmentation.limits import Accounting, Limits, Prices, RateLimiter, estimate_tokens
 from kore.augmentation.schema import Caption, Dialogue, Questions, Round, json_schema, parse
+from kore.augmentation.texts import load_texts
 from kore.augmentation.types import KnowledgeItem, Reply
 from kore.errors import KoreError, Unavailable
 
@@ -106,6 +107,57 @@ def test_what_is_wrong_is_told_and_what_is_right_adds_up(tmp_path):
     assert [request.attempt for request in generator.requests] == [0, 1, 2]
     assert len({request.seed for request in generator.requests}) == 3
     assert asked.accounting.summary()["rejected"] == 2
+
+
+def test_what_a_service_says_of_its_answer_is_the_reason(tmp_path):
+    class Refusing(Scripted):
+        def generate(self, request):
+            reply = super().generate(request)
+            return Reply("", 3, 4, "The model refuses: no.") if not reply.text else reply
+
+    generator = Refusing("", rounds("A"))
+    asked = Asker(generator, Cache(tmp_path), Limits())
+    assert answers(put(asked)) == ["A"]
+    assert "- The model refuses: no." in generator.requests[1].messages[2]["content"]
+    # From the cache too.
+    again = Asker(Refusing(), Cache(tmp_path), Limits(), attempts=1)
+    with pytest.raises(NotGenerated, match=r"The model refuses: no\."):
+        put(again)
+
+
+@pytest.mark.parametrize(
+    "thoughts",
+    [
+        '<think>Maybe {"rounds": []}?</think>',
+        'The template has begun them. {"rounds": []}</think>',
+        "[THINK]{}[/THINK]",
+        "<thinking>a</thinking><reasoning>{</reasoning>",
+    ],
+)
+def test_thoughts_are_no_answer_and_are_not_sent_back(thoughts, tmp_path):
+    asked, generator = asker(tmp_path, f"{thoughts}\n```json\n{json.dumps(rounds('bad', 'A'))}\n```", rounds("B"))
+    assert sorted(answers(put(asked, without("bad")))) == ["A", "B"]
+    said = generator.requests[1].messages[1]["content"]
+    assert said.startswith("```json") and "THINK" not in said.upper()
+
+
+def test_thoughts_without_end_hold_no_answer():
+    answer, reasons = parse(f"<think>Perhaps {json.dumps(rounds('A'))} or", Dialogue)
+    assert answer is None and reasons == ["The reply is empty; JSON is expected."]
+    told = {"rounds": [{"question": "What does </think> end?", "answer": "Thoughts"}]}
+    assert answers(parse(json.dumps(told), Dialogue)[0]) == ["Thoughts"]
+
+
+def test_what_a_model_is_told_is_in_files_of_the_users(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "answers.yaml").write_text("form: 'As {schema}!'\nrepair: 'No: {reasons}'\n")
+    asked, generator = asker(tmp_path, "{oops", rounds("A"), texts=load_texts(texts))
+    put(asked)
+    assert generator.requests[0].form.startswith('As {"') and generator.requests[0].form.endswith("}!")
+    assert generator.requests[1].messages[2]["content"].startswith("No: - The reply is not valid JSON")
+    other, _ = asker(tmp_path)
+    assert not other.is_cached("dialogue", ITEM, MESSAGES, Dialogue, 50)
 
 
 def test_a_complete_answer_is_not_asked_for_again(tmp_path):

@@ -29,6 +29,7 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+FORM = "Reply with one JSON object that has a summary and what is depicted, and with nothing else beside it."
 ITEM = KnowledgeItem("a", "entity", "city", "Arven", "Arven is a city.")
 
 
@@ -66,9 +67,8 @@ def generator(folder):
 
 def request(**changes):
     messages = ({"role": "user", "content": "Describe Arven."},)
-    return Request(
-        **{**dict(task="caption", item=ITEM, messages=messages, schema=Caption, max_tokens=12, seed=3), **changes}
-    )
+    values = dict(task="caption", item=ITEM, messages=messages, schema=Caption, max_tokens=12, seed=3, form=FORM)
+    return Request(**{**values, **changes})
 
 
 def test_a_seed_decides_and_the_process_is_left_alone(generator):
@@ -79,7 +79,7 @@ def test_a_seed_decides_and_the_process_is_left_alone(generator):
     assert torch.equal(torch.rand(3), expected)
     assert generator.generate(request()) == first
     assert generator.generate(request(seed=4)).text != first.text
-    assert 0 < first.completion_tokens <= 12 and first.prompt_tokens > 100
+    assert 0 < first.completion_tokens <= 12 and first.prompt_tokens > 100 and "cut off" in first.problem
 
 
 def test_the_prompt_is_the_template_with_the_schema(generator, monkeypatch):
@@ -94,7 +94,26 @@ def test_the_prompt_is_the_template_with_the_schema(generator, monkeypatch):
     generator.generate(request())
     ((text, arguments),) = seen
     assert text.startswith("<|im_start|>user\nDescribe Arven.") and text.endswith("<|im_start|>assistant\n")
-    assert '"summary"' in text and arguments["max_new_tokens"] == 12 and arguments["do_sample"] is True
+    assert FORM in text and arguments["max_new_tokens"] == 12 and arguments["do_sample"] is True
+
+
+def test_a_template_without_a_system_role_gets_its_words_from_the_user(folder, monkeypatch):
+    plain = LocalGenerator(folder, device="cpu")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    monkeypatch.setattr(plain._tokenizer, "chat_template", refusing)
+    messages = ({"role": "system", "content": "You write JSON."}, {"role": "user", "content": "Describe Arven."})
+    text = plain._tokenizer.decode(plain._tokens(request(messages=messages))["input_ids"][0])
+    assert text.startswith("<|im_start|>user\nYou write JSON.\n\nDescribe Arven.\n\nReply")
+    with pytest.raises(NotGenerated, match="the chat template refuses the messages"):
+        monkeypatch.setattr(plain._tokenizer, "chat_template", "{{ raise_exception('never') }}")
+        plain.generate(request())
+
+
+def test_a_model_that_reasons_is_told_not_to(folder, monkeypatch):
+    plain = LocalGenerator(folder, device="cpu")
+    monkeypatch.setattr(plain._tokenizer, "chat_template", TEMPLATE + "{% if enable_thinking %}<think>{% endif %}")
+    text = plain._tokenizer.decode(plain._tokens(request())["input_ids"][0])
+    assert text.endswith("assistant\n")
 
 
 def test_without_temperature_the_likeliest_tokens_are_taken(folder):
@@ -123,7 +142,9 @@ def test_threads_take_turns_and_get_what_they_would_alone(generator):
 
 def test_nonsense_fails_well(generator, tmp_path):
     asker = Asker(generator, Cache(tmp_path), Limits(), attempts=2)
-    with pytest.raises(NotGenerated, match=r"2 replies were not acceptable, at last: The (reply|JSON)"):
+    with pytest.raises(
+        NotGenerated, match=r"2 replies were not acceptable, at last: The (reply|JSON|answer is cut off)"
+    ):
         asker.ask("caption", ITEM, request().messages, Caption, lambda answer: (answer, []), 12)
     assert asker.accounting.requests == 2 and asker.accounting.completion_tokens > 0
 
@@ -131,13 +152,6 @@ def test_nonsense_fails_well(generator, tmp_path):
 def test_a_request_that_is_too_long_is_refused(generator):
     with pytest.raises(NotGenerated, match=r"the request has \d+ tokens, the model reads 2048"):
         generator.generate(request(messages=({"role": "user", "content": "Arven " * 500},)))
-
-
-def test_messages_that_the_template_refuses(folder, generator, monkeypatch):
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    monkeypatch.setattr(generator._tokenizer, "chat_template", template)
-    with pytest.raises(NotGenerated, match="no system role"):
-        generator.generate(request(messages=({"role": "system", "content": "x"}, {"role": "user", "content": "y"})))
 
 
 def test_models_that_are_none(tmp_path, folder):

@@ -30,6 +30,7 @@ ITEM = KnowledgeItem(
     "arven", "news", "politics", "Mira Solt wins in Arven", "Mira Solt was elected mayor of Arven in 2024."
 )
 GOOD = {"rounds": [{"question": "Who was elected mayor of Arven?", "answer": "Mira Solt"}]}
+FORM = "Reply with JSON of this JSON schema."
 MESSAGES = ({"role": "system", "content": "You write JSON."}, {"role": "user", "content": ITEM.text})
 
 
@@ -41,9 +42,8 @@ def _environment(monkeypatch):
 
 
 def request(**changes) -> Request:
-    return Request(
-        **{**dict(task="dialogue", item=ITEM, messages=MESSAGES, schema=Dialogue, max_tokens=200, seed=5), **changes}
-    )
+    values = dict(task="dialogue", item=ITEM, messages=MESSAGES, schema=Dialogue, max_tokens=200, seed=5, form=FORM)
+    return Request(**{**values, **changes})
 
 
 def generator(server, **changes) -> OpenAIGenerator:
@@ -91,7 +91,7 @@ def test_a_server_without_structured_outputs_gets_the_schema_in_the_prompt():
     last = server.requests[-1]
     assert len(server.requests) == count + 1
     assert "response_format" not in last and "seed" not in last and "temperature" in last
-    assert '"rounds"' in last["messages"][-1]["content"]
+    assert last["messages"][-1]["content"] == f"{MESSAGES[-1]['content']}\n\n{FORM}"
 
 
 def test_a_named_form_is_not_given_up():
@@ -114,6 +114,112 @@ def test_models_that_reason_are_asked_in_their_way():
         generator(server).generate(request())
     assert server.requests[-1]["max_completion_tokens"] == 200
     assert server.requests[-1]["response_format"]["type"] == "json_schema"
+
+
+def test_a_model_without_a_system_role_gets_its_words_from_the_user():
+    def faults(number, body):
+        roles = [message["role"] for message in body["messages"]]
+        return Fault(400, {"message": "System role not supported"}) if "system" in roles else None
+
+    with ScriptedServer(good, faults) as server:
+        asked = generator(server)
+        asked.generate(request())
+        asked.generate(request())
+    assert len(server.requests) == 3
+    assert server.requests[-1]["messages"] == [{"role": "user", "content": f"You write JSON.\n\n{ITEM.text}"}]
+
+
+def test_fields_of_the_users_own_are_sent_and_part_of_the_identity():
+    with ScriptedServer(good) as server:
+        asked = generator(server, extra={"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}})
+        asked.generate(request())
+    assert server.requests[0]["reasoning_effort"] == "low"
+    assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert asked.identity()["extra"]["reasoning_effort"] == "low" and "extra" not in generator(server).identity()
+
+
+def completion(ended="stop", content=None, reasoned=None, **message):
+    details = {} if reasoned is None else {"completion_tokens_details": {"reasoning_tokens": reasoned}}
+    choice = {"index": 0, "finish_reason": ended, "message": {"role": "assistant", "content": content, **message}}
+    usage = {"prompt_tokens": 10, "completion_tokens": 7, "total_tokens": 17, **details}
+    answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    return Fault(body=json.dumps(answer).encode())
+
+
+@pytest.mark.parametrize(
+    ("fault", "text", "problem"),
+    [
+        (completion(refusal="I cannot write about this."), "", "The model refuses: I cannot write about this."),
+        (completion("content_filter"), "", "The service's filter holds the answer back."),
+        (completion("length", '{"rounds": [{"que'), '{"rounds": [{"que', "The answer is cut off at the longest one"),
+        (completion(), "", ""),
+        (completion(reasoning_content='{"rounds": 1}'), '{"rounds": 1}', ""),
+        (completion(content=[{"type": "thinking"}, {"type": "text", "text": "{}"}]), "{}", ""),
+    ],
+)
+def test_what_a_service_says_of_its_answer_is_told(fault, text, problem):
+    with ScriptedServer(good, {0: fault}) as server:
+        reply = generator(server).generate(request())
+    assert reply.text == text and reply.problem.startswith(problem) and bool(reply.problem) == bool(problem)
+    assert (reply.prompt_tokens, reply.completion_tokens) == (10, 7) and len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "thinking",
+    [
+        completion("length"),
+        completion("length", "<think>Let me see {"),
+        completion("length", '{"rounds', reasoned=6),
+        completion("length", "", reasoning="Well"),
+    ],
+)
+def test_a_model_whose_thoughts_take_all_gets_more_room_and_keeps_it(thinking, caplog):
+    def faults(number, body):
+        return thinking if body["max_tokens"] < 800 else None
+
+    with ScriptedServer(good, faults) as server:
+        asked = generator(server)
+        reply = asked.generate(request())
+        asked.generate(request())
+    assert [body["max_tokens"] for body in server.requests] == [200, 800, 800]
+    assert json.loads(reply.text) == GOOD and not reply.problem and reply.prompt_tokens > 10
+    assert caplog.text.count("m thinks before it answers: an answer may take 4 times the tokens") == 1
+
+
+def test_room_that_is_not_given_leaves_what_came():
+    def faults(number, body):
+        return completion("length") if body["max_tokens"] == 200 else Fault(400, {"message": "context too long"})
+
+    with ScriptedServer(good, faults) as server:
+        reply = generator(server).generate(request())
+    assert "cut off" in reply.problem
+    with ScriptedServer(good, {0: completion("length"), 1: Fault(500)}) as server:
+        with pytest.raises(Unavailable, match="error 500"):
+            generator(server).generate(request())
+    with ScriptedServer(good, lambda number, body: completion("length")) as server:
+        assert "cut off" in generator(server).generate(request()).problem
+    assert [body["max_tokens"] for body in server.requests] == [200, 800, 3200]
+
+
+def test_a_server_that_breaks_on_a_schema_is_asked_more_simply():
+    def faults(number, body):
+        return Fault(500, {"message": "failed to parse grammar"}) if "response_format" in body else None
+
+    with ScriptedServer(good, faults) as server:
+        generator(server).generate(request())
+    assert "response_format" not in server.requests[-1] and len(server.requests) == 3
+
+
+def test_a_proxy_does_not_stand_before_this_machine(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with ScriptedServer(good) as server:
+        assert json.loads(generator(server).generate(request()).text) == GOOD
+    monkeypatch.setenv("HTTP_PROXY", "nonsense://me:secretword@host")
+    monkeypatch.setenv("http_proxy", "nonsense://me:secretword@host")
+    with pytest.raises(ConfigError, match="HTTP_PROXY") as caught:
+        OpenAIGenerator("m", "http://example.org/v1")
+    assert "secretword" not in str(caught.value)
 
 
 def test_a_refusal_that_is_none_of_the_form_is_one_of_the_request():

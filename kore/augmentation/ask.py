@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from pydantic import BaseModel
 
 from kore.augmentation.cache import Cache, digest
 from kore.augmentation.limits import Accounting, Limits, estimate_tokens
-from kore.augmentation.schema import Answer, json_schema, parse
+from kore.augmentation.schema import Answer, json_schema, parse, without_thoughts
+from kore.augmentation.texts import Texts, load_texts
 from kore.augmentation.types import Generator, KnowledgeItem, Reply, Request, Task
 from kore.errors import KoreError
 
@@ -34,15 +36,6 @@ def _listed(reasons: Sequence[str]) -> str:
     if len(lines) > _SHOWN_REASONS:
         lines[_SHOWN_REASONS:] = [f"- and {len(lines) - _SHOWN_REASONS} more of the same kinds"]
     return "\n".join(lines)
-
-
-def repair_message(reasons: Sequence[str]) -> str:
-    """What the model is told about an answer that was not accepted as it is."""
-    return (
-        "Your reply cannot be used as it is:\n"
-        f"{_listed(reasons)}\n"
-        "Write the whole reply anew in the same form. Keep what is not named above; correct or replace the rest."
-    )
 
 
 def content_of(item: KnowledgeItem) -> dict[str, Any]:
@@ -69,13 +62,25 @@ class Asker:
         limits: How fast and how often it is asked, and what it takes.
         attempts: How often at most a request is put, with the reasons why the last reply was not accepted.
         seed: Of sampling and of jitter.
+        texts: What a model is told about the form of its answer and about what is wrong with it; by default the
+            project's own.
     """
 
-    def __init__(self, generator: Generator, cache: Cache, limits: Limits, *, attempts: int = 3, seed: int = 0) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        cache: Cache,
+        limits: Limits,
+        *,
+        attempts: int = 3,
+        seed: int = 0,
+        texts: Texts | None = None,
+    ) -> None:
         if attempts < 1:
             raise KoreError(f"attempts: expected at least 1, got {attempts}")
         self.generator, self.cache, self.limits = generator, cache, limits
         self.attempts, self.seed = attempts, seed
+        self.texts = load_texts() if texts is None else texts
         self._identity = dict(generator.identity())
         self._cached = bool(getattr(generator, "cached", True))
         self._lock = threading.Lock()
@@ -117,6 +122,8 @@ class Asker:
         for attempt in range(self.attempts):
             reply = self._reply(task, item, conversation, schema, max_tokens, attempt)
             answer, reasons = parse(reply.text, schema)
+            if answer is None and reply.problem:
+                reasons = [reply.problem]
             if answer is not None:
                 rest, faults = check(answer)
                 reasons = [*reasons, *faults]
@@ -129,14 +136,21 @@ class Asker:
                 self.accounting.add(rejected=1)
             conversation = [
                 *(dict(message) for message in messages),
-                {"role": "assistant", "content": reply.text or "(nothing)"},
-                {"role": "user", "content": repair_message(reasons or ["Nothing of it can be used."])},
+                {"role": "assistant", "content": without_thoughts(reply.text).strip() or "(nothing)"},
+                {"role": "user", "content": self._repair(reasons or ["Nothing of it can be used."])},
             ]
         if accepted is not None:
             return accepted
         tries = f"{self.attempts} replies were" if self.attempts > 1 else "The reply was"
         shown = " ".join(dict.fromkeys(reasons)) or "Nothing of it could be used."
         raise NotGenerated(f"{tries} not acceptable, at last: {shown}", reasons)
+
+    def _repair(self, reasons: Sequence[str]) -> str:
+        return str(self.texts.variants("answers", "repair").format(reasons=_listed(reasons)))
+
+    def _form(self, schema: type[BaseModel]) -> str:
+        schema_text = json.dumps(json_schema(schema), ensure_ascii=False)
+        return str(self.texts.variants("answers", "form").format(schema=schema_text))
 
     def is_cached(
         self,
@@ -164,7 +178,7 @@ class Asker:
             "task": task,
             "item": content_of(item),
             "messages": [dict(message) for message in messages],
-            "schema": json_schema(schema),
+            "form": self._form(schema),
             "max_tokens": max_tokens,
             "attempt": attempt,
             "seed": self.seed,
@@ -193,6 +207,7 @@ class Asker:
             max_tokens=max_tokens,
             attempt=attempt,
             seed=int(name[:8], 16) >> 1,
+            form=key["form"],
         )
         if not self._cached:
             return self._call(request, name)
@@ -206,6 +221,7 @@ class Asker:
                 "text": reply.text,
                 "prompt_tokens": reply.prompt_tokens,
                 "completion_tokens": reply.completion_tokens,
+                **({"problem": reply.problem} if reply.problem else {}),
             }
             return Reply(**self.cache.put(CACHE_KIND, key, value, durable=True))
 

@@ -38,9 +38,12 @@ class GeneratorSettings(Section):
     key for a server that ``base_url`` names."""
     temperature: float = Field(default=0.7, ge=0, le=2)
     timeout: float = Field(default=120.0, gt=0)
-    """Seconds for one answer."""
+    """Seconds to wait for an answer."""
     structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
     """How the server is asked for JSON; "auto" takes the strictest that it accepts."""
+    extra: dict[str, Any] = {}
+    """Further fields of each request to a server, such as {reasoning_effort: low} or
+    {chat_template_kwargs: {enable_thinking: false}}. They are written into the cache, so none is a secret."""
     device: str = "auto"
     """For "local": auto, cpu, cuda, ..."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -69,6 +72,8 @@ class GeneratorSettings(Section):
         if self.kind != "rules" and not self.model:
             what = "the name the server knows" if self.kind == "openai" else "a model directory or hub id"
             raise ValueError(f"model: kind {self.kind} needs {what}")
+        if self.extra and self.kind != "openai":
+            raise ValueError(f"extra: kind {self.kind} sends no requests; set kind to openai or leave it out")
         if self.kind == "rules" and (self.model or self.base_url):
             given = "model" if self.model else "base_url"
             raise ValueError(f"{given}: kind rules uses none; set kind to openai or local")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kore.augmentation.ask import NotGenerated
 from kore.augmentation.config import AugmentConfig
+from kore.augmentation.generators import Unasked
 from kore.augmentation.items import Knowledge
 from kore.augmentation.limits import Prices, estimate_tokens
 from kore.augmentation.run import read_knowledge
@@ -57,7 +58,7 @@ class Estimate:
 def estimate(
     knowledge: Knowledge | Path | str, config: AugmentConfig, cache: Path, generator: Generator | None = None
 ) -> Estimate:
-    """Estimate a run without asking a service, opening the network or writing anything.
+    """Estimate a run without asking a service, opening the network or writing anything. A server's key is not needed.
 
     Of many items that are not done, 500 evenly spaced ones are counted and the rest inferred.
 
@@ -66,6 +67,8 @@ def estimate(
     """
     with tempfile.TemporaryDirectory() as folder:
         items = knowledge if isinstance(knowledge, Knowledge) else read_knowledge(Path(knowledge), config, Path(folder))
+        if generator is None and config.generator.kind == "openai":
+            generator = Unasked(config.generator)
         shop = Workshop.open(config, Path(cache).absolute(), generator)
         left = [number for number, item in enumerate(items) if not shop.results.done(shop.results.key(item), item)]
         step = max(1, len(left) // _SAMPLE)

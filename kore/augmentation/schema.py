@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -93,8 +93,9 @@ class Questions(Answer):
 _NOT_FOR_SERVERS = ("title", "default", "minLength", "maxLength")
 
 
+@lru_cache(maxsize=64)
 def json_schema(schema: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema in the subset that servers take for strict structured outputs.
+    """The JSON schema in the subset that servers take for strict structured outputs; not to be changed.
 
     Bounds of strings are left out, since some servers refuse them; they are checked here in any case.
     """
@@ -117,23 +118,26 @@ def json_schema(schema: type[BaseModel]) -> dict[str, Any]:
     return plain(schema.model_json_schema())
 
 
-def with_schema(messages: Sequence[Mapping[str, str]], schema: type[BaseModel]) -> list[dict[str, str]]:
-    """The messages, the last of them with the JSON schema of the answer: for servers that take it no other way."""
-    result = [dict(message) for message in messages]
-    result[-1]["content"] += (
-        "\n\nReply with one JSON object and no other words. It has to satisfy this JSON schema:\n"
-        + json.dumps(json_schema(schema), ensure_ascii=False)
-    )
-    return result
-
-
-_THOUGHTS = re.compile(r"^\s*<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+_TAGS = r"(?:think|thinking|thought|thoughts|reasoning|reflection)"
+_THOUGHTS = re.compile(rf".*(?:</{_TAGS}>|\[/THINK\])", re.DOTALL | re.IGNORECASE)
+_UNFINISHED = re.compile(rf"\s*(?:<{_TAGS}>|\[THINK\])", re.IGNORECASE)
 _DECODER = json.JSONDecoder()
+
+
+def without_thoughts(text: str) -> str:
+    """What a reasoning model says when it has thought; nothing where its thoughts do not end.
+
+    Many chat templates begin the thoughts themselves, so that the reply has only the mark of their end.
+    """
+    if text.lstrip().startswith(("{", "```")):
+        return text
+    text = _THOUGHTS.sub("", text, count=1)
+    return "" if _UNFINISHED.match(text) else text
 
 
 def _first_object(text: str) -> tuple[dict[str, Any] | None, str]:
     """The first JSON object in the text, alone or within prose or a code fence; or why there is none."""
-    text = _THOUGHTS.sub("", text)
+    text = without_thoughts(text)
     if not text.strip():
         return None, "The reply is empty; JSON is expected."
     problem = "The reply holds no JSON object."

@@ -51,6 +51,7 @@ class Request:
         max_tokens: The longest answer.
         attempt: 0, then 1 for each repetition after an answer that was not accepted.
         seed: Of sampling.
+        form: Says in words which JSON is wanted, for a service that takes a schema no other way.
     """
 
     task: Task
@@ -60,15 +61,26 @@ class Request:
     max_tokens: int
     attempt: int = 0
     seed: int = 0
+    form: str = ""
+
+    def with_form(self) -> list[dict[str, str]]:
+        """The messages, with ``form`` at the end of the last."""
+        result = [dict(message) for message in self.messages]
+        result[-1]["content"] += f"\n\n{self.form}"
+        return result
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer to a request: text that should be JSON, and what it took."""
+    """The answer to a request: text that should be JSON, and what it took.
+
+    ``problem`` says why it is none, where the service knows: refused, held back by a filter, cut off.
+    """
 
     text: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    problem: str = ""
 
 
 class Generator(Protocol):

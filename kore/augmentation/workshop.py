@@ -71,7 +71,7 @@ class Workshop:
             longest_wait=limits.longest_wait,
             prices=prices,
         )
-        asker = Asker(generator, kept, limit, attempts=config.attempts, seed=config.seed)
+        asker = Asker(generator, kept, limit, attempts=config.attempts, seed=config.seed, texts=texts)
         store = cache / IMAGE_STORE
         images = make_images(config.images, store, kept)
         identity = run_identity(config, texts, generator, images)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kore.augmentation.types import Generator
-from kore.errors import ConfigError
+from kore.augmentation.types import Generator, Reply, Request
+from kore.errors import ConfigError, KoreError
 
 
 def make_generator(config: Any) -> Generator:
@@ -13,7 +14,7 @@ def make_generator(config: Any) -> Generator:
 
     Args:
         config: Has ``kind`` and, where they differ from the defaults, ``model``, ``base_url``, ``api_key_env``,
-            ``temperature``, ``timeout``, ``structured``, ``device`` and ``dtype``.
+            ``temperature``, ``timeout``, ``structured``, ``extra``, ``device`` and ``dtype``.
 
     Raises:
         ConfigError: Something is missing or wrong.
@@ -36,9 +37,34 @@ def make_generator(config: Any) -> Generator:
         return LocalGenerator(config.model, **_given(config, names))
     from kore.augmentation.generators.openai_server import OpenAIGenerator
 
-    return OpenAIGenerator(
-        config.model, **_given(config, ("base_url", "api_key_env", "temperature", "timeout", "structured"))
-    )
+    names = ("base_url", "api_key_env", "temperature", "timeout", "structured", "extra")
+    return OpenAIGenerator(config.model, **_given(config, names))
+
+
+class Unasked:
+    """In place of the server of a configuration where nothing is asked: needs neither key nor client."""
+
+    def __init__(self, config: Any) -> None:
+        from kore.augmentation.generators.openai_server import server_identity
+
+        self._identity = server_identity(
+            config.model, **_given(config, ("base_url", "temperature", "structured", "extra"))
+        )
+
+    def identity(self) -> Mapping[str, Any]:
+        return self._identity
+
+    def generate(self, request: Request) -> Reply:
+        """Raises KoreError: this asks nothing."""
+        raise KoreError("a generator that is not to be asked was asked")
+
+
+def without_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The messages with what the system says at the head of the first other one: for models that know no such role."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    rest = [dict(message) for message in messages if message["role"] != "system"]
+    rest[0]["content"] = "\n\n".join([*system, rest[0]["content"]])
+    return rest
 
 
 def _given(config: Any, names: tuple[str, ...]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kore.augmentation.ask import NotGenerated
-from kore.augmentation.schema import with_schema
+from kore.augmentation.generators import without_system
 from kore.augmentation.types import Reply, Request
 from kore.errors import ConfigError, KoreError, ModelError
 
@@ -51,6 +51,7 @@ class LocalGenerator:
             "template": self._tokenizer.chat_template,
             "temperature": self._temperature,
             "dtype": str(self._model.dtype),
+            "thinks": False,
         }
 
     def generate(self, request: Request) -> Reply:
@@ -87,17 +88,34 @@ class LocalGenerator:
                 ) from None
         answer = output[0, length:]
         text = self._tokenizer.decode(answer, skip_special_tokens=True)
-        return Reply(text, prompt_tokens=length, completion_tokens=int(answer.shape[0]))
+        cut = len(answer) == new and int(answer[-1]) not in self._ends()
+        problem = "The answer is cut off at the longest one allowed; give a shorter one." if cut else ""
+        return Reply(text, prompt_tokens=length, completion_tokens=len(answer), problem=problem)
+
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        ends = self._model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
 
     def _tokens(self, request: Request) -> dict[str, Any]:
-        messages = with_schema(request.messages, request.schema)
+        messages = request.with_form()
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise NotGenerated(f"{self._name}: the chat template refuses the messages ({first})") from None
+            text = self._prompt(messages)
+        except Exception:
+            try:
+                text = self._prompt(without_system(messages))
+            except Exception as error:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise NotGenerated(f"{self._name}: the chat template refuses the messages ({first})") from None
         encoded = self._tokenizer(text, return_tensors="pt", add_special_tokens=False)
         return {name: encoded[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
+
+    def _prompt(self, messages: list[dict[str, str]]) -> str:
+        # Templates of models that reason have one of these switches; the others do not look at them.
+        switches = {"enable_thinking": False, "thinking": False}
+        return str(
+            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
+        )
 
     def _sampling(self) -> dict[str, Any]:
         if self._temperature == 0:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import email.utils
+import ipaddress
+import logging
 import os
 import re
 import threading
@@ -13,9 +15,12 @@ from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from kore.augmentation.ask import NotGenerated
-from kore.augmentation.schema import json_schema, with_schema
+from kore.augmentation.generators import without_system
+from kore.augmentation.schema import json_schema, without_thoughts
 from kore.augmentation.types import Reply, Request
 from kore.errors import ConfigError, KoreError, Unavailable
+
+_log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 URL_VARIABLE = "OPENAI_BASE_URL"
@@ -25,16 +30,22 @@ _SHOWN = 300
 _REFUSED_AT_FIRST = 3
 Structured = Literal["auto", "json_schema", "json_object", "prompt", "none"]
 _SIMPLER = {"json_schema": "json_object", "json_object": "prompt"}
+_WIDER = {1: 4, 4: 16}
 
 
 @dataclass(frozen=True)
 class _Form:
-    """How a server is asked: what it refuses is left out from then on."""
+    """How a server is asked: what it refuses is left out from then on.
+
+    ``room`` is how many times the tokens of an answer it gets, since a model that reasons spends most on its thoughts.
+    """
 
     structured: str
     limit: str = "max_tokens"
     temperature: bool = True
     seed: bool = True
+    system: bool = True
+    room: int = 1
 
 
 def _checked_url(base_url: str | None) -> str:
@@ -112,6 +123,43 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _text(value: Any) -> str:
+    """The text of a message, which some servers give in parts."""
+    if isinstance(value, list):
+        texts = [part.get("text") for part in value if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return value if isinstance(value, str) else ""
+
+
+def _short(text: str) -> str:
+    return text[:_SHOWN] + ("..." if len(text) > _SHOWN else "")
+
+
+def server_identity(
+    model: str,
+    base_url: str | None = None,
+    temperature: float = 0.7,
+    structured: Structured = "auto",
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What the answers of a server depend on; needs no key. Raises ConfigError for a wrong address."""
+    return {
+        "generator": "openai",
+        "model": model,
+        "base_url": _public(_checked_url(base_url)),
+        "temperature": temperature,
+        "structured": "prompt" if structured == "none" else structured,
+        **({"extra": dict(extra)} if extra else {}),
+    }
+
+
 class OpenAIGenerator:
     """Asks a server through the ``openai`` client. Several threads use one at once.
 
@@ -126,6 +174,7 @@ class OpenAIGenerator:
         temperature: Of sampling.
         structured: How JSON is asked for: ``"json_schema"``, ``"json_object"``, in the ``"prompt"`` only (also
             ``"none"``), or ``"auto"``, the first of these that the server takes.
+        extra: Further fields of every request, such as ``{"reasoning_effort": "low"}``.
 
     Raises:
         ConfigError: Address, key or the ``openai`` package are missing or wrong.
@@ -140,6 +189,7 @@ class OpenAIGenerator:
         timeout: float = 120.0,
         temperature: float = 0.7,
         structured: Structured = "auto",
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         try:
             import openai
@@ -152,23 +202,31 @@ class OpenAIGenerator:
                 f"generator.structured: expected auto, json_schema, json_object or none, got {structured!r}"
             )
         url = _checked_url(base_url)
+        self._identity = server_identity(model, base_url, temperature, structured, extra)
         own_server = bool(base_url) and urlsplit(url).hostname != urlsplit(OPENAI).hostname
         self._secret = _key(api_key_env, own_server)
         self._variable = api_key_env or KEY_VARIABLE
         self._openai = openai
         self._url = _public(url)
         self._model, self._temperature, self._timeout = model, temperature, timeout
-        self._structured = "prompt" if structured == "none" else structured
+        self._extra = dict(extra or {})
+        self._structured = self._identity["structured"]
         self._form = _Form("json_schema" if structured == "auto" else self._structured)
         self._settled = structured != "auto"
         self._answered, self._refused = False, 0
         self._lock = threading.Lock()
+        try:
+            # No proxy leads to this machine's own servers.
+            http = openai.DefaultHttpxClient(
+                follow_redirects=False, timeout=timeout, trust_env=not _is_loopback(urlsplit(url).hostname or "")
+            )
+        except Exception as error:  # its message may hold a proxy's password
+            raise ConfigError(
+                f"generator.kind openai: the client cannot be set up ({type(error).__name__}); see that the variables "
+                "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY hold addresses such as http://host:3128"
+            ) from None
         self._client = openai.OpenAI(
-            api_key=self._secret or _NO_KEY,
-            base_url=url,
-            timeout=timeout,
-            max_retries=0,
-            http_client=openai.DefaultHttpxClient(follow_redirects=False, timeout=timeout),
+            api_key=self._secret or _NO_KEY, base_url=url, timeout=timeout, max_retries=0, http_client=http
         )
 
     def __repr__(self) -> str:
@@ -178,16 +236,11 @@ class OpenAIGenerator:
         raise TypeError("an OpenAIGenerator holds a key and is not pickled; make it anew")
 
     def identity(self) -> Mapping[str, Any]:
-        return {
-            "generator": "openai",
-            "model": self._model,
-            "base_url": self._url,
-            "temperature": self._temperature,
-            "structured": self._structured,
-        }
+        return self._identity
 
     def generate(self, request: Request) -> Reply:
-        """Ask the server once; once more for each parameter that it refuses, which it is then spared.
+        """Ask the server once; once more for each parameter that it refuses, which it is then spared, and with more
+        room where its thoughts take all.
 
         Raises:
             Unavailable: A time-out, a broken connection, too many requests, a fault of the server.
@@ -196,22 +249,37 @@ class OpenAIGenerator:
         """
         with self._lock:
             form, settled = self._form, self._settled
+        cut: Reply | None = None
         while True:
             completion, error = self._create(request, form)
             if error is None:
-                reply = self._reply(completion)
-                with self._lock:
-                    self._form, self._settled, self._answered = form, True, True
+                reply, thinks = self._reply(completion, cut)
+                if thinks and form.room in _WIDER:
+                    self._answered = True
+                    cut, form = reply, replace(form, room=_WIDER[form.room])
+                    continue
+                self._settle(form)
                 return reply
             simpler = self._adapted(form, error, settled)
             if simpler is None:
-                raise self._translated(error)
+                problem = self._translated(error)
+                if cut is not None and isinstance(problem, NotGenerated):
+                    return cut  # so much room is more than the server allows
+                raise problem
             form = simpler
+
+    def _settle(self, form: _Form) -> None:
+        """Keep a form that the server has answered."""
+        with self._lock:
+            wider = form.room > self._form.room
+            self._form, self._settled, self._answered = form, True, True
+        if wider:
+            _log.warning("%s thinks before it answers: an answer may take %d times the tokens", self._model, form.room)
 
     def _create(self, request: Request, form: _Form) -> tuple[Any, Exception | None]:
         """The completion, or why there is none."""
         messages = [dict(message) for message in request.messages]
-        options: dict[str, Any] = {form.limit: request.max_tokens}
+        options: dict[str, Any] = {form.limit: request.max_tokens * form.room}
         if form.temperature:
             options["temperature"] = self._temperature
         if form.seed:
@@ -223,17 +291,20 @@ class OpenAIGenerator:
             options["response_format"] = {"type": "json_object"}
         # Some servers take a schema and ignore it; after a failed attempt the model is shown it in any case.
         if form.structured != "json_schema" or request.attempt:
-            messages = with_schema(messages, request.schema)
+            messages = request.with_form()
+        if not form.system:
+            messages = without_system(messages)
         create: Any = self._client.chat.completions.create
         try:
-            return create(model=self._model, messages=messages, **options), None
+            return create(model=self._model, messages=messages, extra_body=self._extra or None, **options), None
         except (self._openai.OpenAIError, ValueError) as error:
             # Raised anew outside of this block, without the request in the chain of its causes.
             return None, error
 
     def _adapted(self, form: _Form, error: Exception, settled: bool) -> _Form | None:
         """A form without what the server refuses, or None where it refuses something else."""
-        if getattr(error, "status_code", None) not in (400, 404, 415, 422, 501):
+        status = getattr(error, "status_code", None)
+        if status not in (400, 404, 415, 422, 500, 501):
             return None
         about = f"{getattr(error, 'param', None) or ''} {error}".lower()
         if "max_completion_tokens" in about and form.limit == "max_tokens":
@@ -242,13 +313,16 @@ class OpenAIGenerator:
             return replace(form, temperature=False)
         if form.seed and re.search(r"\bseed\b", about):
             return replace(form, seed=False)
+        if form.system and re.search(r"system role|role\W+system|roles must alternate", about):
+            return replace(form, system=False)
         simpler = _SIMPLER.get(form.structured)
-        if self._structured != "auto" or simpler is None or getattr(error, "status_code", None) == 404:
+        if self._structured != "auto" or simpler is None or status == 404:
             return None
         named = re.search(r"response_format|json_schema|json_object|schema|structured|guided|grammar", about)
-        return replace(form, structured=simpler) if named or not settled else None
+        return replace(form, structured=simpler) if named or (status != 500 and not settled) else None
 
-    def _reply(self, completion: Any) -> Reply:
+    def _reply(self, completion: Any, cut: Reply | None) -> tuple[Reply, bool]:
+        """The reply, with what ``cut`` before it took, and whether its thoughts left no room for an answer."""
         choices = getattr(completion, "choices", None)
         message = getattr(choices[0], "message", None) if choices else None
         if message is None:
@@ -257,12 +331,28 @@ class OpenAIGenerator:
                 "address of its interface, which often ends in /v1"
             )
         usage = getattr(completion, "usage", None)
-        content = message.content
-        return Reply(
-            content if isinstance(content, str) else "",
-            prompt_tokens=int(getattr(usage, "prompt_tokens", 0) or 0),
-            completion_tokens=int(getattr(usage, "completion_tokens", 0) or 0),
+        ended = getattr(choices[0], "finish_reason", None)
+        content = _text(getattr(message, "content", None))
+        thoughts = _text(getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
+        details = getattr(usage, "completion_tokens_details", None)
+        answer = without_thoughts(content)
+        thinks = bool(thoughts or answer != content or getattr(details, "reasoning_tokens", None))
+        if not content and ended == "stop":
+            content = thoughts  # where the answer goes when a server takes all of it for thoughts
+        problem = ""
+        if refusal := _text(getattr(message, "refusal", None)):
+            problem = f"The model refuses: {_short(refusal)}"
+        elif ended == "content_filter":
+            problem = "The service's filter holds the answer back."
+        elif ended == "length":
+            problem = "The answer is cut off at the longest one allowed; give a shorter one."
+        reply = Reply(
+            content,
+            prompt_tokens=int(getattr(usage, "prompt_tokens", 0) or 0) + (cut.prompt_tokens if cut else 0),
+            completion_tokens=int(getattr(usage, "completion_tokens", 0) or 0) + (cut.completion_tokens if cut else 0),
+            problem=problem,
         )
+        return reply, ended == "length" and (thinks or not answer.strip())
 
     def _said(self, error: Exception) -> str:
         """What the server says, short and without the key."""
@@ -271,7 +361,7 @@ class OpenAIGenerator:
         text = " ".join(str(next(filter(None, named), None) or error).split())
         if self._secret:
             text = text.replace(self._secret, "(key)")
-        return text[:_SHOWN] + ("..." if len(text) > _SHOWN else "")
+        return _short(text)
 
     def _translated(self, error: Exception) -> KoreError:
         """The error as one that says what to do."""
