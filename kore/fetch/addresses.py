@@ -54,8 +54,6 @@ _PATTERN = re.compile(
     r"(\[?(?P<v6>[0-9a-f:.]*:[0-9a-f:.]*:[0-9a-f.]*)\]?|(?P<host>[^:\[\]/@]+))"  # ::1, [::1] or example.org
     r"(:(?P<port>[0-9]{1,5}))?"
 )
-    r"(\[?(?P<v6>[0-9a-f:.]*:[0-9a-f:.]*:[0-9a-f.]*)\]?|(?P<host>[^:\[\]/@]+))(:(?P<port>[0-9]{1,5}))?"
-)
 
 
 class Refused(KoreError):
