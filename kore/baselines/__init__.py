@@ -1,0 +1,115 @@
+"""The methods KORE is compared with, one file each, all used in the same way.
+
+Which model is trained (``prepare``), on which data (``conversations``), and what is added to the loss (``penalty``):
+see :class:`Baseline`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from kore.baselines.base import Baseline, Preparation
+from kore.baselines.full import FullFineTuning
+from kore.baselines.lora import LoRA
+from kore.baselines.null_space import Kore, LoRANull1, LoRANull2, RandomA
+from kore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kore.covariance import CovarianceSet
+
+__all__ = ["BASELINES", "METHODS", "NULL_SPACE", "Baseline", "Preparation", "baseline", "prepare_model"]
+
+BASELINES: Mapping[str, type[Baseline]] = MappingProxyType(
+    {kind.method: kind for kind in (Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2)}
+)
+METHODS = tuple(BASELINES)
+NULL_SPACE = tuple(name for name, kind in BASELINES.items() if kind.reads_covariance)
+"""The methods that need a covariance."""
+
+
+def baseline(method: str, **options: Any) -> Baseline:
+    """The method of this name. Raises ConfigError where there is none, or it has no such option."""
+    if method not in BASELINES:
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    return BASELINES[method](**options)
+
+
+def prepare_model(
+    model: nn.Module,
+    method: str,
+    cov: CovarianceSet | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    rank: int | str | None = None,
+    targets: str | Sequence[str] | None = None,
+    modules_to_save: str | Sequence[str] | None = "auto",
+    seed: int = 0,
+    scale: str = "sqrt",
+    solver: str = "auto",
+    train_a: bool = False,
+    strength: float = 1.0,
+    lora_alpha: int | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """Make a model trainable by a method; what is trained, its class in :data:`BASELINES` says.
+
+    All adapters sit on the same layers and train ``modules_to_save`` too.
+
+    Args:
+        model: The base model, without adapters. ``"full"`` sets its flags in place and returns it.
+        method: One of :data:`METHODS`.
+        cov: For the methods in :data:`NULL_SPACE`.
+        options: The method's own hyper-parameters, by name.
+        rank: Of the adapter, a number; ``"match-lora-R"`` also, for the methods with a frozen A, and ``"energy:τ"``
+            for those with a covariance, as in :class:`kore.KoreConfig`. Not for ``"full"``.
+        targets: The adapted layers, as in :class:`kore.KoreConfig`.
+        modules_to_save: Modules trained in full beside the adapter, by default the projector.
+        seed: Of A.
+        scale: Row lengths of A, except of ``"lora"``; ``"sqrt"`` for LoRA-Null.
+        solver: Of the null space.
+        train_a: For ``"kore"``, as in :class:`kore.KoreConfig`.
+        strength: For ``"kore"``, as in :class:`kore.KoreConfig`.
+        lora_alpha: For ``"lora"``.
+        progress: Show a progress bar on an interactive terminal.
+        checkpoint: A folder that keeps what is finished of a frozen A, see :func:`kore.get_kore_model`.
+
+    Raises:
+        ConfigError: The method is unknown, its rank or covariance is missing, or an option is not for it.
+    """
+    chosen = baseline(method, **(options or {}))
+    check_options(method, scale, train_a, strength)
+    how = Preparation(
+        cov=cov,
+        rank=rank,
+        targets=targets,
+        modules_to_save=modules_to_save,
+        seed=seed,
+        scale=scale,
+        solver=solver,
+        train_a=train_a,
+        strength=strength,
+        lora_alpha=lora_alpha,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
+    return chosen.prepare(model, how)
+
+
+def check_options(method: str, scale: str = "sqrt", train_a: bool = False, strength: float = 1.0) -> None:
+    """Raise ConfigError for an unknown method, and for options of KORE that another method does not have."""
+    baseline(method)
+    if method == Kore.method:
+        return
+    if train_a:
+        hint = "; lora-null-v1 trains A" if method == LoRANull2.method else ""
+        raise ConfigError(f"train_a: expected false for method {method}, whose A is as its name says{hint}")
+    if strength != 1:
+        raise ConfigError(f"strength: expected 1 for method {method}, got {strength}; it is an option of method kore")
+    if method.startswith("lora-null") and scale != "sqrt":
+        raise ConfigError(f"scale: expected sqrt for method {method}, got {scale!r}; method kore has other scales")

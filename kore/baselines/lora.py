@@ -1,0 +1,50 @@
+"""LoRA: both factors trained, on the layers and with the projector that KORE's adapter has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kore.baselines.base import Baseline, Preparation
+from kore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LoRA(Baseline):
+    """A and B of a LoRA without dropout, A by PEFT's rule, ``lora_alpha`` 2 · rank unless given."""
+
+    method = "lora"
+    source = "Hu et al. 2022, arXiv 2106.09685"
+
+    def prepare(self, model: nn.Module, how: Preparation) -> nn.Module:
+        """A PeftModel around ``model``. Raises ConfigError where the rank is no number."""
+        from kore.adapter import resolve_rank
+        from kore.adapter.wrap import check_unadapted, wrap_lora
+        from kore.models import model_fingerprint, resolve_targets
+
+        if not isinstance(how.rank, int):
+            got = "none" if how.rank is None else repr(how.rank)
+            raise ConfigError(f"rank: expected a number for method {self.method!r}, got {got}")
+        check_unadapted(model)
+        names = resolve_targets(model, how.targets)
+        rank = resolve_rank(model, names, how.rank)
+        fingerprint = model_fingerprint(model)
+        alpha = 2 * rank if how.lora_alpha is None else how.lora_alpha
+        peft_model: Any = wrap_lora(model, names, rank, alpha, how.modules_to_save, how.seed)
+        peft_model.kore_info = {
+            "method": self.method,
+            **self.describe(),
+            "a_frozen": False,
+            "rank": rank,
+            "config": {
+                "rank": rank,
+                "lora_alpha": alpha,
+                "targets": how.targets,
+                "modules_to_save": how.modules_to_save,
+                "seed": how.seed,
+            },
+            "base_fingerprint": fingerprint,
+        }
+        adapted: nn.Module = peft_model
+        return adapted
