@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+_TEMPORARY = re.compile(r"(\d+)(?:-[0-9a-f]{8})?")
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -54,12 +57,12 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _remove_abandoned(path: Path) -> None:
+def remove_abandoned(path: Path) -> None:
     """Delete the temporary siblings of ``path`` whose process is gone."""
     prefix = f".{path.name}.tmp-"
-    for sibling in path.parent.glob(f"{prefix}*"):
-        pid = sibling.name.removeprefix(prefix)
-        if pid.isdigit() and not _alive(int(pid)):
+    for sibling in path.parent.glob(f"{glob.escape(prefix)}*"):
+        found = _TEMPORARY.fullmatch(sibling.name.removeprefix(prefix))
+        if found and not _alive(int(found[1])):
             shutil.rmtree(sibling, ignore_errors=True) if sibling.is_dir() else sibling.unlink(missing_ok=True)
 
 
@@ -96,7 +99,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise ArtifactError(f"{path}: expected a directory or nothing there, found a file; choose another output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
+    remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -112,19 +115,22 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def atomic_write(path: str | os.PathLike[str], content: str | bytes, durable: bool = True) -> None:
+def atomic_write(path: str | os.PathLike[str], content: str | bytes | Iterable[str], durable: bool = True) -> None:
     """Write a file that appears at ``path`` whole or not at all, replacing what stood there.
 
+    Content may come in pieces, so that a long file is never in memory as a whole.
     With ``durable=False`` that holds when the process is killed, but not when the machine loses power; this is several
     times faster, and enough for files whose content is checked when they are read.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    data = content.encode() if isinstance(content, str) else content
+    # Process ids are unique on one machine, not on all that share a file system.
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+    pieces: Iterable[str | bytes] = [content] if isinstance(content, str | bytes) else content
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece.encode() if isinstance(piece, str) else piece)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
@@ -158,19 +164,24 @@ def write_manifest(
         files: The artifact's files, all of them below ``directory``; None: whatever is there.
     """
     directory = Path(directory)
-    listed = {
-        entry.relative_to(directory).as_posix(): {"size": entry.stat().st_size, "sha256": file_sha256(entry)}
-        for entry in sorted(directory.rglob("*") if files is None else files)
-        if entry.is_file() and entry.name != MANIFEST
-    }
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "library_version": __version__,
-        "kind": kind,
-        **fields,
-        "files": listed,
-    }
-    atomic_write(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    found = directory.rglob("*") if files is None else files
+    names = sorted(
+        (entry.relative_to(directory).as_posix() for entry in found if entry.is_file() and entry.name != MANIFEST),
+        key=lambda name: name.split("/"),
+    )
+    about = {"schema_version": SCHEMA_VERSION, "library_version": __version__, "kind": kind, **fields}
+
+    def pieces() -> Iterator[str]:
+        """The JSON, one file after the other: there may be very many."""
+        yield json.dumps(about, indent=2).removesuffix("\n}") + ',\n  "files": {'
+        for number, name in enumerate(names):
+            file = directory / name
+            entry = json.dumps({"size": file.stat().st_size, "sha256": file_sha256(file)}, indent=2)
+            indented = entry.replace("\n", "\n    ")
+            yield f"{',' if number else ''}\n    {json.dumps(name)}: {indented}"
+        yield "\n  }\n}\n" if names else "}\n}\n"
+
+    atomic_write(directory / MANIFEST, pieces())
 
 
 def read_manifest(directory: str | os.PathLike[str], kind: str, verify: bool = True) -> dict[str, Any]:

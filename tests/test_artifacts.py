@@ -126,3 +126,28 @@ def test_unreadable_tensors_are_named(tmp_path):
         load_tensors(tmp_path / "x.safetensors")
     with pytest.raises(ArtifactError, match=r"y\.safetensors: no such file"):
         load_tensors(tmp_path / "y.safetensors")
+
+
+def test_two_machines_with_the_same_process_id_do_not_meet(tmp_path, monkeypatch):
+    """As two containers on one file system: each writes a temporary file of its own."""
+    target = tmp_path / "x.json"
+
+    def pieces():
+        yield "first"
+        atomic_write(target, "second")
+        yield ", whole"
+
+    atomic_write(target, pieces())
+    assert target.read_text() == "first, whole" and [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_manifest_is_the_same_written_in_pieces(tmp_path):
+    for name in ("a/b", "a.txt", 'quo"te', "z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for files in (None, [], [tmp_path / "z", tmp_path / "a.txt"]):
+        write_manifest(tmp_path, "test", {"fields": {"x": [1]}}, files)
+        text = (tmp_path / "manifest.json").read_text()
+        assert text == json.dumps(json.loads(text), indent=2) + "\n"
+        expected = ["a/b", "a.txt", 'quo"te', "z"] if files is None else sorted(path.name for path in files)
+        assert list(read_manifest(tmp_path, "test")["files"]) == expected

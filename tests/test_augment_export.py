@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_images_in_openai_messages_as_data(results, tmp_path):
 
 def test_licences_and_failures_are_listed(results, tmp_path):
     tally, _ = write_outputs(results, tmp_path / "out")
-    blue, red = json.loads((tmp_path / "out" / "images.json").read_text())
+    red, blue = json.loads((tmp_path / "out" / "images.json").read_text())
     assert (blue["image"], blue["licence"], blue["author"], blue["url"]) == (
         "images/blue.png",
         "CC BY 4.0",
@@ -139,3 +140,38 @@ def test_a_failing_write_leaves_the_old_files(results, tmp_path):
         write_outputs(breaks(), out)
     assert (out / "llava.json").read_bytes() == before
     assert not [path for path in out.iterdir() if ".tmp-" in path.name]
+
+
+def test_what_a_killed_process_has_left_goes(results, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    killed, living = out / ".llava.json.tmp-999999999", out / f".llava.json.tmp-{os.getppid()}"
+    for file in (killed, living):
+        file.write_text("half")
+    write_outputs(results, out)
+    assert not killed.exists() and living.exists()
+
+
+def test_images_are_listed_as_they_are_used_and_once(results, tmp_path):
+    tally, files = write_outputs([results[0], results[0]], tmp_path / "out")
+    listed = [entry["image"] for entry in json.loads((tmp_path / "out" / "images.json").read_text())]
+    assert listed == ["images/red.png", "images/blue.png"] and tally.images == 2
+    assert {path.name for path in files} >= {"red.png", "blue.png"}
+
+
+def test_the_loader_of_llama_factory_reads_the_file(results, tmp_path):
+    """It loads the JSON by ``datasets``, and drops conversations whose turns do not alternate between its default tags.
+
+    Rows without an image must not give the column another type than rows with one.
+    """
+    import datasets
+
+    write_outputs([*reversed(results)], tmp_path / "out", formats=["sharegpt"], name="films")
+    (entry,) = json.loads((tmp_path / "out" / "dataset_info.json").read_text()).values()
+    assert set(entry) == {"file_name", "formatting", "columns"}, "tags, where there are any, have to be complete"
+    file = str(tmp_path / "out" / entry["file_name"])
+    table = datasets.load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
+    assert [row["images"] for row in table] == [[], ["images/red.png"], ["images/blue.png"]]
+    turns = [[turn["from"] for turn in row["conversations"]] for row in table]
+    assert turns == [["human", "gpt"], ["human", "gpt"] * 2, ["human", "gpt"]]
+    assert all(set(turn) == {"from", "value"} for row in table for turn in row["conversations"])

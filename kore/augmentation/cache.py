@@ -71,8 +71,9 @@ class Cache:
             KoreError: The file cannot be written; the message names it.
         """
         path = self.path(kind, key)
-        content = {"key": dict(key), "value": value, "sha256": digest(value)}
-        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        stated = canonical(value)
+        sha256 = hashlib.sha256(stated.encode()).hexdigest()
+        text = f'{{"key":{canonical(dict(key))},\n"sha256":"{sha256}",\n"value":{stated}}}\n'
         with _LOCKS[int(path.name[:2], 16) % len(_LOCKS)]:
             stored = None if replace else self._read(path)
             if stored is not None:
@@ -84,7 +85,7 @@ class Cache:
                     f"{path}: the cache cannot be written ({error.strerror or type(error).__name__}); "
                     "free some space or choose another folder"
                 ) from error
-        return json.loads(canonical(value))
+        return json.loads(stated)
 
     @staticmethod
     def _read(path: Path) -> Any | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from kore.artifacts import remove_abandoned
 from kore.augmentation.images.store import describe
 from kore.augmentation.types import Failure, ItemResult, Sample, StoredImage
 from kore.data.types import IMAGE_MARK, BadRow
@@ -52,7 +54,7 @@ def write_outputs(
     name: str = "kore_knowledge",
     openai_images: str = "path",
     bad_rows: Iterable[BadRow] = (),
-) -> tuple[Tally, list[Path]]:
+) -> tuple[Tally, Iterable[Path]]:
     """Write all files of a result into ``out``, in the order of ``results``; each appears whole or not at all.
 
     Images are linked, or copied where that is not possible, from their store into ``out/images``; images of an earlier
@@ -62,9 +64,9 @@ def write_outputs(
         What was written, and the paths of all files.
     """
     formats = set(formats) | {"llava"}
-    images = _Images(out / IMAGES)
     tally = Tally()
     with contextlib.ExitStack() as files:
+        images = _Images(out / IMAGES, files.enter_context(_rows(out / IMAGE_LIST)))
         rows: list[Callable[[Sample], Any]] = []
 
         def table(file: str, row: Callable[[Sample], Any], lines: bool = False) -> None:
@@ -96,9 +98,6 @@ def write_outputs(
                 tally.first = tally.first or failure.reason
                 kind = (failure.task, reason_kind(failure.reason))
                 tally.reasons[kind] = tally.reasons.get(kind, 0) + 1
-        image_list = files.enter_context(_rows(out / IMAGE_LIST))
-        for about in images.used():
-            image_list(about)
     tally.images = len(images)
     written = [out / LLAVA, out / FAILURES, out / IMAGE_LIST]
     written += [out / file for kind, file in _FILES.items() if kind in formats]
@@ -108,7 +107,7 @@ def write_outputs(
     for other in {*_FILES.values(), DATASET_INFO} - {path.name for path in written}:
         (out / other).unlink(missing_ok=True)
     images.remove_others()
-    return tally, written + images.files()
+    return tally, itertools.chain(written, images.files())
 
 
 _NUMBERED = re.compile(r"^(?:question|round) \d+: ", re.IGNORECASE)
@@ -127,11 +126,11 @@ def reason_kind(reason: str) -> str:
 
 
 class _Images:
-    """The images of a result: where they lie, and what is known of them."""
+    """The images of a result: put where they lie, and listed, when the first sample has them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._used: dict[str, str] = {}  # as JSON, which takes a third of the memory
+    def __init__(self, folder: Path, listed: Callable[[Mapping[str, Any]], None]) -> None:
+        self.folder, self._listed = folder, listed
+        self._used: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._used)
@@ -142,14 +141,12 @@ class _Images:
         if name not in self._used:
             _link(image.path, self.folder / name)
             size = {"sha256": image.sha256, "width": image.width, "height": image.height}
-            self._used[name] = json.dumps({"image": f"{IMAGES}/{name}", **size, **describe(image.candidate)})
+            self._listed({"image": f"{IMAGES}/{name}", **size, **describe(image.candidate)})
+            self._used.add(name)
         return f"{IMAGES}/{name}"
 
-    def used(self) -> Iterator[dict[str, Any]]:
-        yield from (json.loads(self._used[name]) for name in sorted(self._used))
-
-    def files(self) -> list[Path]:
-        return [self.folder / name for name in sorted(self._used)]
+    def files(self) -> Iterator[Path]:
+        return (self.folder / name for name in self._used)
 
     def remove_others(self) -> None:
         if self.folder.is_dir():
@@ -230,6 +227,7 @@ def _whole(path: Path, text: str) -> None:
 def _appearing(path: Path) -> Iterator[IO[str]]:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             yield file

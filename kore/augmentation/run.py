@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import threading
@@ -228,7 +229,7 @@ def _write(items: Knowledge, keys: Sequence[bytes], shop: Workshop, out: Path) -
         from kore.augmentation.quality import write_quality
 
         page = write_quality(out, made, config.seed)
-        files += [page, page.with_suffix(".json")]
+        files = itertools.chain(files, [page, page.with_suffix(".json")])
     settings = config.model_dump(mode="json", exclude=_NOT_IN_MANIFEST)
     fields = {
         "made_from": {"file": items.path.name, "items": len(items), "bad_rows": len(items.bad_rows)},

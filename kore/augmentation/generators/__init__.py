@@ -33,8 +33,7 @@ def make_generator(config: Any) -> Generator:
     if kind == "local":
         from kore.augmentation.generators.local import LocalGenerator
 
-        names = ("temperature", "device", "dtype")
-        return LocalGenerator(config.model, **_given(config, names))
+        return LocalGenerator(config.model, **_given(config, ("temperature", "device", "dtype")))
     from kore.augmentation.generators.openai_server import OpenAIGenerator
 
     names = ("base_url", "api_key_env", "temperature", "timeout", "structured", "extra")

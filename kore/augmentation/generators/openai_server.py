@@ -323,7 +323,7 @@ class OpenAIGenerator:
 
     def _reply(self, completion: Any, cut: Reply | None) -> tuple[Reply, bool]:
         """The reply, with what ``cut`` before it took, and whether its thoughts left no room for an answer."""
-        choices = getattr(completion, "choices", None)
+        choices: Any = getattr(completion, "choices", None)
         message = getattr(choices[0], "message", None) if choices else None
         if message is None:
             raise Unavailable(
