@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from kore.covariance import CovarianceSet
 
-__all__ = ["BASELINES", "METHODS", "NULL_SPACE", "Baseline", "Preparation", "baseline", "prepare_model"]
+__all__ = ["BASELINES", "METHODS", "NULL_SPACE", "Baseline", "Preparation", "baseline", "baseline_of", "prepare_model"]
 
 BASELINES: Mapping[str, type[Baseline]] = MappingProxyType(
     {kind.method: kind for kind in (Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2)}
@@ -37,6 +38,21 @@ def baseline(method: str, **options: Any) -> Baseline:
     if method not in BASELINES:
         raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     return BASELINES[method](**options)
+
+
+def baseline_of(adapter: str | os.PathLike[str]) -> Baseline:
+    """The method that made an adapter, with its options, as ``kore.json`` says; of a plain PEFT adapter, LoRA.
+
+    Raises:
+        ConfigError: It was made by a method that this version does not have.
+        ArtifactError: Its ``kore.json`` cannot be read.
+    """
+    from kore.adapter.files import KORE_FILE
+    from kore.artifacts import read_json
+
+    file = Path(adapter) / KORE_FILE
+    info = read_json(file) if file.is_file() else {}
+    return baseline(info.get("method", LoRA.method), **info.get("options", {}))
 
 
 def prepare_model(

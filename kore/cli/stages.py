@@ -150,6 +150,10 @@ def train(
     protect_gradients: Annotated[
         Path | None, typer.Option(help="Result of kore capture --gradients on the same data.")
     ] = None,
+    old: Annotated[
+        list[Path] | None,
+        typer.Option(help="Old conversations, for the methods that train on them or look at them; repeatable."),
+    ] = None,
     protection_strength: Annotated[str | None, typer.Option(help="λ of the penalty, or auto (by default).")] = None,
     recipe: RecipeName = None,
     image_root: ImageRoot = None,
@@ -185,10 +189,12 @@ def train(
         raise ConfigError("--protect: it needs an adapter with a frozen A; leave --full out")
     strength = {} if protect is None else {"strength": _number(protection_strength or "auto")}
     named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
+    sections: dict[str, Any] = {"new": DataSection, "train": TrainSection, "protection": ProtectionSection}
     options = _options(
-        {"new": DataSection, "train": TrainSection, "protection": ProtectionSection},
+        {**sections, **({"old": DataSection} if old else {})},
         {
             **_model(model, dtype, device),
+            **({"old": {"files": old, "format": format, "on_bad_row": on_bad_row}} if old else {}),
             "new": {"files": data, "image_root": image_root, "format": format, "on_bad_row": on_bad_row},
             "train": {"seed": seed, **_given(**named)},
             "protection": strength,
@@ -209,6 +215,7 @@ def train(
         covariance=_absolute(protect),
         gradients=_absolute(protect_gradients),
         recipe=recipe,
+        old=getattr(options, "old", None),
     )
     if process_count() > 1:
         from kore.pipeline.workbench import Workbench
@@ -288,11 +295,13 @@ def _options(
 ) -> Any:
     from pydantic import ConfigDict, create_model
 
-    from kore.pipeline.config import ModelSection
+    from kore.pipeline.config import DataSection, ModelSection
     from kore.pipeline.loading import parse_options
     from kore.recipes import with_recipe
 
-    filled = with_recipe(recipe or "default", values)
+    # A recipe says how old data are captured, not how they are trained on.
+    data = {name: value for name, value in values.items() if sections.get(name) is DataSection}
+    filled = {**with_recipe(recipe or "default", {k: v for k, v in values.items() if k not in data}), **data}
     values = {name: value for name, value in filled.items() if name in values}
     fields: dict[str, Any] = {name: (section, ...) for name, section in {"model": ModelSection, **sections}.items()}
     root = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)

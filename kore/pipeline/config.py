@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -12,6 +12,9 @@ from kore.augmentation.config import AugmentConfig
 from kore.recipes import RECIPES, SECTIONS, describe, with_recipe
 from kore.sizes import parse_bytes
 from kore.training import TrainConfig
+
+if TYPE_CHECKING:
+    from kore.baselines import Baseline
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -140,7 +143,19 @@ class CaptureSection(Section):
 
 
 class AdapterSection(Section):
-    method: Literal["kore", "lora", "full", "random-a", "lora-null-v1", "lora-null-v2"] = "kore"
+    method: str = "kore"
+    """One of :data:`kore.baselines.METHODS`."""
+    options: dict[str, Any] = {}
+    """The method's own hyper-parameters, such as ``share`` of method replay."""
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        from kore.baselines import METHODS
+
+        if value not in METHODS:
+            raise ValueError(f"expected one of {', '.join(METHODS)}")
+        return value
     rank: int | str = 64
     targets: str | list[str] | None = None
     """The adapted layers; null: those of ``capture.targets``."""
@@ -163,7 +178,13 @@ class AdapterSection(Section):
     @property
     def needs_covariance(self) -> bool:
         """Whether the method reads the old inputs' null space."""
-        return self.method in ("kore", "lora-null-v1", "lora-null-v2")
+        return self.baseline().reads_covariance
+
+    def baseline(self) -> Baseline:
+        """The method with its options. Raises ConfigError where there is none."""
+        from kore.baselines import baseline
+
+        return baseline(self.method, **self.options)
 
     @property
     def chosen_groups(self) -> list[str] | None:
@@ -176,6 +197,10 @@ class AdapterSection(Section):
     def _variant(self) -> AdapterSection:
         from kore.errors import ConfigError
 
+        try:
+            self.baseline()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength: expected a number above 0 and up to 1, got {self.strength}")
         mixed = [name for name in ("groups", "weights") if getattr(self, name) is not None]
@@ -359,20 +384,31 @@ class RunConfig(Section):
         made = [] if self.augment is None else [self.augmented]
         return self.new.model_copy(update={"files": [*made, *self.new.files]})
 
+    @property
+    def old_conversations(self) -> DataSection | None:
+        """All old conversations, for the methods that train on them; ``old.max_samples`` is for capture alone."""
+        if self.old is None or not self.adapter.baseline().reads_old:
+            return None
+        return DataSection(**{name: getattr(self.old, name) for name in DataSection.model_fields}).model_copy(
+            update={"max_samples": None}
+        )
+
     @model_validator(mode="after")
     def _old_data_for_protection(self) -> RunConfig:
         if self.protection.strength is not None:
             if self.old is None:
                 raise ValueError("protection: it needs old data; add old.files, or leave protection.strength out")
-            if self.adapter.method in ("lora", "full", "lora-null-v1") or getattr(self.adapter, "train_a", False):
+            if self.adapter.method not in ("kore", "random-a", "lora-null-v2") or self.adapter.train_a:
                 raise ValueError("protection: it needs a frozen A, so method kore, random-a or lora-null-v2")
         return self
 
     @model_validator(mode="after")
     def _old_data_for_kore(self) -> RunConfig:
-        if self.adapter.needs_covariance and self.old is None:
-            method = self.adapter.method
-            raise ValueError(f"old: method {method} needs old data to protect; add old.files, or choose another method")
+        method = self.adapter.baseline()
+        if (method.reads_covariance or method.reads_old) and self.old is None:
+            raise ValueError(
+                f"old: method {method.method} needs old data to protect; add old.files, or choose another method"
+            )
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,12 @@ def train_command(stage: TrainStage) -> list[str]:
         command += ["--image-root", str(new.image_root)]
     if new.max_samples is not None:
         command += ["--set", f"new.max_samples={new.max_samples}"]
+    if stage.old is not None:
+        for file in stage.old.files:
+            command += ["--old", str(file)]
+        for key, value in stage.old.model_dump(mode="json", exclude={"files", "max_samples"}).items():
+            if value is not None:
+                command += ["--set", f"old.{key}={_yaml(value)}"]
     if stage.recipe is not None:
         command += ["--recipe", stage.recipe]
     sections: dict[str, BaseModel] = {"train": stage.settings.settings()}

@@ -23,7 +23,7 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
     share one loaded model. Capture is left out where neither the method nor a protection has a use for it.
     """
     out, model, seed = config.output_dir, config.model, config.seed
-    method, protect = config.adapter.method, config.protection.strength is not None
+    method, protect = config.adapter.baseline(), config.protection.strength is not None
     stages: list[Stage[Workbench]] = []
     if config.augment is not None:
         stages.append(AugmentStage(config.augmented.parent, config.augment, out / "augment-cache"))
@@ -43,7 +43,7 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
     asks = bool(config.eval.new or config.eval.old)
     if asks:
         stages.append(EvalStage(out / "eval" / "before", model, config.eval, name="eval-before"))
-    if method != "full":
+    if not method.in_full:
         init = out / "adapter-init"
         targets = config.adapter.targets if config.adapter.targets is not None else config.capture.targets
         adapter = config.adapter.model_copy(update={"targets": targets})
@@ -61,6 +61,7 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
         covariance=covariance,
         gradients=gradients,
         recipe=config.recipe,
+        old=config.old_conversations,
     )
     stages.append(train)
     if asks:

@@ -26,6 +26,7 @@ from kore.pipeline.workbench import Workbench
 from kore.processes import is_main_process, process_count
 
 if TYPE_CHECKING:
+    from kore.baselines import Baseline
     from kore.covariance import CovarianceSet
     from kore.protection import TwoSided
 
@@ -114,8 +115,8 @@ class InitStage:
 class TrainStage:
     """Training on the new data; ``init`` is the adapter to start from, None trains the model in full.
 
-    With a protection, ``covariance`` and ``gradients`` are those of the old data. ``recipe`` is the name that an
-    adapter without one gets.
+    With a protection, ``covariance`` and ``gradients`` are those of the old data. ``old`` are old conversations, for
+    the methods that train on them or look at them. ``recipe`` is the name that an adapter without one gets.
     """
 
     output: Path
@@ -129,6 +130,7 @@ class TrainStage:
     covariance: Path | None = None
     gradients: Path | None = None
     recipe: str | None = None
+    old: DataSection | None = None
 
     @property
     def result(self) -> Path:
@@ -139,6 +141,8 @@ class TrainStage:
         init = {"adapter-init": directory_identity(self.init)} if self.init is not None else {}
         settings = {**self.settings.settings().identity(), "processes": self.settings.processes}
         own = {**model_inputs(self.model), **data_inputs("new", self.new), **flat("train", settings), **init}
+        if self.old is not None and self._method().reads_old:
+            own |= data_inputs("old", self.old)
         if self.protection.strength is None:
             return own
         assert self.covariance is not None and self.gradients is not None
@@ -154,6 +158,8 @@ class TrainStage:
     def check(self, context: Workbench) -> None:
         if self.new.there:
             context.conversations(self.new, self.seed)
+        if self.old is not None:
+            context.conversations(self.old, self.seed)
 
     def run(self, context: Workbench) -> str:
         if self.settings.processes > 1 and process_count() == 1:
@@ -174,7 +180,10 @@ class TrainStage:
         from kore.baselines import prepare_model
         from kore.training import train
 
-        conversations = context.conversations(self.new, self.seed)
+        method = self._method()
+        uses_old = self.old is not None and method.reads_old
+        old = context.conversations(self.old, self.seed) if uses_old and self.old is not None else ()
+        conversations = method.conversations(context.conversations(self.new, self.seed), old, self.seed)
         if self.init is None:
             model = prepare_model(context.base(), "full")
         else:
@@ -188,7 +197,7 @@ class TrainStage:
             conversations,
             settings,
             self.output,
-            penalty=self._penalty(model),
+            penalty=self._protection(model) or method.penalty(model, context.encoder, old),
             recipe=self.recipe,
         )
         if self.init is None:
@@ -196,7 +205,13 @@ class TrainStage:
         else:
             context.put_adapted(result.model, self.result, trainable=False)
 
-    def _penalty(self, model: Any) -> TwoSided | None:
+    def _method(self) -> Baseline:
+        """The method that made the adapter to start from."""
+        from kore.baselines import baseline, baseline_of
+
+        return baseline("full") if self.init is None else baseline_of(self.init)
+
+    def _protection(self, model: Any) -> TwoSided | None:
         if self.protection.strength is None:
             return None
         from kore.covariance import load_covariance, load_output_gradients
