@@ -156,6 +156,7 @@ class AdapterSection(Section):
         if value not in METHODS:
             raise ValueError(f"expected one of {', '.join(METHODS)}")
         return value
+
     rank: int | str = 64
     targets: str | list[str] | None = None
     """The adapted layers; null: those of ``capture.targets``."""
