@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from kore.augmentation.images.commons import Commons
 from kore.augmentation.images.folder import FolderSource
 from kore.augmentation.images.google import Google
 from kore.augmentation.images.serpapi import SerpApi
+from kore.augmentation.images.service import link, text
 from kore.augmentation.images.words import WordIndex
 from kore.augmentation.types import Candidate
 from kore.errors import ConfigError, DataError, KoreError, ModelError, Unavailable
@@ -162,6 +164,21 @@ class TestStore:
         again = ImageStore(store.folder).keep(path)
         assert again == stored and hashlib.sha256(again.path.read_bytes()).hexdigest() == stored.sha256
 
+    def test_damage_that_leaves_the_size_is_repaired_too(self, tmp_path):
+        store, path = ImageStore(tmp_path / "store"), save(scene(0), tmp_path / "a.png")
+        stored = store.keep(path)
+        stored.path.write_bytes(bytes(stored.path.stat().st_size))
+        assert store.find(stored.sha256, stored.candidate) is None
+        assert ImageStore(store.folder).keep(path) == store.find(stored.sha256, stored.candidate)
+
+    def test_a_store_that_cannot_be_written_is_said_and_ends_the_search(self, cache, tmp_path):
+        path = save(scene(0), tmp_path / "a.png")
+        (tmp_path / "store").write_text("a file where the folder should be")
+        finder = Images(Fixed(Candidate(path=path)), ImageStore(tmp_path / "store"), cache)
+        with pytest.raises(ConfigError, match=r"store.*cannot be stored.*choose another folder"):
+            finder.find("a hall")
+        assert finder.problems == ()
+
     def test_a_kill_at_any_moment_leaves_whole_files(self, tmp_path):
         path = save(scene(0), tmp_path / "a.png")
         script = f"""
@@ -301,6 +318,29 @@ class TestFolder:
         assert len(finder.find("link a")) == 1
         assert finder.problems == (Problem("", "link.png", source.skipped["link.png"]),)
 
+    def test_metadata_with_ends_of_lines_and_half_characters_in_texts(self, tmp_path):
+        for name in ("a.png", "b.png", "c.png"):
+            save(scene(1), tmp_path / "in" / name)
+        row = json.dumps({"file_name": "a.png", "title": "first\u2028second\u0085third"}, ensure_ascii=False)
+        broken = '{"file_name": "b.png", "author": "Ada\\ud83d", "title": "half"}'
+        (tmp_path / "in" / "metadata.jsonl").write_text(f"{row}\r\n\n{broken}\n", encoding="utf-8")
+        (tmp_path / "in" / "metadata.csv").write_text('file_name,title\nc.png,"a grey\nowl, old"\n')
+        source = FolderSource(tmp_path / "in", tmp_path / "scratch")
+        assert [source.search(word, 5)[0].title for word in ("second", "owl")] == [
+            "first second third",
+            "a grey owl, old",
+        ]
+        found = source.search("half", 5)
+        assert found[0].author == "Ada"
+        assert ImageStore(tmp_path / "store").fetch(found[0]).path.is_file()
+
+    def test_fields_that_utf8_cannot_hold_are_stored_without_that(self, tmp_path):
+        path = save(scene(1), tmp_path / "a.png")
+        candidate = Candidate(None, path, "b\udcff.png", "A \ud83d\u202ehall", "CC\n0", "Ada")
+        stored = ImageStore(tmp_path / "store").fetch(candidate)
+        [source] = json.loads(stored.path.with_suffix(".json").read_text(encoding="utf-8"))["sources"]
+        assert (source["file"], source["title"], source["licence"]) == ("b.png", "A hall", "CC 0")
+
     def test_what_is_no_folder_of_images(self, tmp_path):
         with pytest.raises(DataError, match="expected a folder"):
             FolderSource(tmp_path / "nowhere", tmp_path)
@@ -400,6 +440,66 @@ class TestServices:
         with pytest.raises(KoreError, match="Unrecognised value") as caught:
             source.search("hall", 5)
         assert not isinstance(caught.value, Unavailable)
+
+    @pytest.mark.parametrize(
+        ("field", "said"),
+        [
+            ("<b>Ada</b> &amp; <i>Bo</i>", "Ada & Bo"),
+            ("Photo: Ada<br/>Crop: Bo", "Photo: Ada Crop: Bo"),
+            ("<div>Ada</div><div>Bo</div>", "Ada Bo"),
+            ("H<sub>2</sub>O", "H2O"),
+            ("a < b > c", "a < b > c"),
+            ('<style data-x="1">.x{color:red}</style><!-- no > yes -->Ada', "Ada"),
+            ("Ada\ud83d\u202e\u0000\r\n\tBo", "Ada Bo"),
+            ("<" * 1_000_000, "<" * 300),
+            ("<style>" * 1100, ""),
+            (["Ada"], ""),
+        ],
+    )
+    def test_html_becomes_text(self, field, said):
+        start = time.monotonic()
+        assert text(field) == said
+        assert time.monotonic() - start < 0.5
+
+    def test_pages_are_addresses_of_the_web(self):
+        assert link("https://w.example/a b") == "https://w.example/a b"
+        assert [link(value) for value in ("javascript:alert(1)", "//w.example/", "data:text/html,x", None)] == [""] * 4
+
+    def test_commons_failures_that_pass(self, server):
+        source = Commons(server.downloader(), server.url("/api"))
+        for code in ("ratelimited", "readonly", "internal_api_error_DBQueryError", "cirrussearch-too-busy-error"):
+            server.pages["/api"] = self._page({"error": {"code": code, "info": "Later"}})
+            with pytest.raises(Unavailable, match=code):
+                source.search("hall", 5)
+
+    def test_quotas_that_are_used_up(self, server, monkeypatch):
+        monkeypatch.setenv("GOOGLE_API_KEY", "SECRETKEY")
+        monkeypatch.setenv("GOOGLE_CSE_ID", "SECRETENGINE")
+        monkeypatch.setenv("SERPAPI_API_KEY", "SECRETKEY")
+        daily = {
+            "error": {"code": 403, "message": "Daily Limit Exceeded", "errors": [{"reason": "dailyLimitExceeded"}]}
+        }
+        server.pages["/v1"] = lambda handler: handler.answer(403, json.dumps(daily).encode())
+        with pytest.raises(ConfigError, match="Daily Limit Exceeded.*quota"):
+            Google(server.downloader(), "", server.url("/v1")).search("hall", 5)
+        spent = {
+            "error": {"code": 429, "message": "Quota exceeded for 'Queries per day'", "status": "RESOURCE_EXHAUSTED"}
+        }
+        server.pages["/v1"] = lambda handler: handler.answer(429, json.dumps(spent).encode())
+        with pytest.raises(Unavailable, match="Queries per day"):
+            Google(server.downloader(), "", server.url("/v1")).search("hall", 5)
+        body = b'{"error": "Your account has run out of searches."}'
+        server.pages["/s"] = lambda handler: handler.answer(429, body)
+        with pytest.raises(Unavailable, match="run out of searches"):
+            SerpApi(server.downloader(), "", server.url("/s")).search("hall", 5)
+        server.pages["/s"] = lambda handler: handler.answer(401, b'{"error": "Invalid API key SECRETKEY."}')
+        with pytest.raises(ConfigError, match="Invalid API key …"):
+            SerpApi(server.downloader(), "", server.url("/s")).search("hall", 5)
+
+    def test_queries_with_half_a_character(self, server):
+        server.pages["/api"] = self._page({"batchcomplete": True})
+        source = Commons(server.downloader(), server.url("/api"))
+        assert source.search("hall \ud83d", 5) == []
 
     def test_google(self, server, monkeypatch):
         monkeypatch.setenv("GOOGLE_API_KEY", "SECRETKEY")
@@ -570,6 +670,7 @@ class TestSettings:
             ({"kind": "google"}, "needs allow"),
             ({"kind": "serpapi"}, "needs allow"),
             ({"kind": "commons"}, "needs contact"),
+            ({"kind": "commons", "contact": "me"}, "an e-mail address or the URL of a page"),
             ({"kind": "bing"}, "kind"),
             ({"index": True}, "index needs"),
             ({"allow": ["https://example.org"]}, "expected a host such as"),
@@ -581,7 +682,7 @@ class TestSettings:
     def test_downloads_reach_public_hosts_of_the_list_only(self, cache, tmp_path, monkeypatch):
         settings = ImageSettings(kind="commons", contact="me@example.org")
         images = make_images(settings, tmp_path, cache)
-        assert images.store.download.allow == Allowlist(("upload.wikimedia.org",))
+        assert images.store.download.allow == Allowlist(("thumb.wikimedia.org", "upload.wikimedia.org"))
         monkeypatch.setenv("SERPAPI_API_KEY", "SECRETKEY")
         settings = ImageSettings(kind="serpapi", allow=["*"], max_bytes=1000)
         images = make_images(settings, tmp_path, cache)
@@ -676,6 +777,51 @@ class TestClip:
         monkeypatch.setattr(Clip, "_embed_images", lambda *_: pytest.fail("computed again"))
         again = FolderSource(tmp_path / "in", tmp_path / "index", Clip(str(model), "cpu"))
         assert again.search("a red fox", 3) == found and again.identity() == source.identity()
+
+    def test_an_index_that_was_cut_short_is_finished(self, model, pictures, tmp_path, monkeypatch):
+        from kore.augmentation.images import Clip, folder
+
+        embed, seen = Clip._embed_images, []
+
+        def until_killed(self, pixels):
+            seen.extend(pixels)
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+            return embed(self, pixels)
+
+        monkeypatch.setattr(folder, "_SAVE_EVERY", 0.0)
+        monkeypatch.setattr(folder, "_BLOCK", 1)
+        monkeypatch.setattr(Clip, "_embed_images", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            FolderSource(tmp_path / "in", tmp_path / "index", Clip(str(model), "cpu")).search("a fox", 3)
+        found = FolderSource(tmp_path / "in", tmp_path / "index", Clip(str(model), "cpu")).search("a fox", 3)
+        assert len(seen) == 6 and len(found) == 3
+        monkeypatch.setattr(Clip, "_embed_images", embed)
+        assert FolderSource(tmp_path / "in", tmp_path / "other", Clip(str(model), "cpu")).search("a fox", 3) == found
+
+    def test_an_index_holds_for_its_model_and_its_images(self, model, pictures, tmp_path, monkeypatch):
+        from kore.augmentation.images import Clip
+
+        def source(clip):
+            return FolderSource(tmp_path / "in", tmp_path / "index", Clip(str(clip), "cpu"))
+
+        first = source(model).identity()
+        other = source(tiny_clip(tmp_path / "other", seed=1)).identity()
+        assert first["weights"] != other["weights"] and first["content"] == other["content"]
+        save(scene(77), pictures[0])
+        changed = source(model)
+        assert changed.identity()["content"] != first["content"]
+        assert changed.search("a fox", 5) == FolderSource(
+            tmp_path / "in", tmp_path / "fresh", Clip(str(model), "cpu")
+        ).search("a fox", 5)
+
+    def test_equal_scores_stay_in_the_order_of_the_folder(self, model, pictures, tmp_path):
+        from kore.augmentation.images import Clip
+
+        for path in pictures:
+            save(scene(1), path)
+        source = FolderSource(tmp_path / "in", tmp_path / "index", Clip(str(model), "cpu"))
+        assert [candidate.path for candidate in source.search("a fox", 5)] == pictures
 
     def test_the_search_and_the_choice_together(self, model, pictures, cache, tmp_path):
         settings = ImageSettings(

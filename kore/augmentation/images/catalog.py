@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kore.artifacts import atomic_write
+from kore.artifacts import atomic_write, file_sha256
+from kore.augmentation.images.words import printable
 from kore.augmentation.types import Candidate
 from kore.errors import DataError, KoreError
 from kore.fetch import resolve_image
@@ -39,6 +41,9 @@ class Catalog(Protocol):
     @property
     def entries(self) -> Sequence[Entry]: ...
 
+    def sha256(self, index: int) -> str:
+        """The hash of the image's file. Raises DataError where it is missing, OSError where it cannot be read."""
+
     def candidate(self, index: int) -> Candidate:
         """The image as a local file. Raises DataError where it is missing."""
 
@@ -46,13 +51,13 @@ class Catalog(Protocol):
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> str:
     for name in names:
         if isinstance(value := row.get(name), str) and value.strip():
-            return " ".join(value.split())[:300]
+            return printable(value)[:300]
     return ""
 
 
 def _entry(place: str, row: Mapping[str, Any], skip: Sequence[str] = ()) -> Entry:
     said = [value for name, value in row.items() if isinstance(value, str) and name not in (*skip, *_LICENCE, *_PAGE)]
-    stem = Path(place).stem.replace("_", " ").replace("-", " ")
+    stem = printable(Path(place).stem.replace("_", " ").replace("-", " "))
     return Entry(
         place=place,
         words=" ".join([stem, *said]),
@@ -69,20 +74,29 @@ def _metadata(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         content = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from None
-    rows: Iterator[tuple[int, Any]]
-    if file.suffix == ".csv":
-        rows = enumerate(csv.DictReader(content.splitlines()), start=2)
-    else:
-        rows = ((number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip())
-    for number, row in rows:
-        if isinstance(row, str):
-            try:
-                row = json.loads(row)
-            except ValueError as error:
-                raise DataError(f"{file}, line {number}: not JSON ({error})") from None
+    for number, row in _table(file, content) if file.suffix == ".csv" else _lines(file, content):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise DataError(f"{file}, line {number}: expected file_name, the image's path beside this file")
         yield row["file_name"], {key: value for key, value in row.items() if key != "file_name"}
+
+
+def _table(file: Path, content: str) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(io.StringIO(content, newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _lines(file: Path, content: str) -> Iterator[tuple[int, Any]]:
+    # Texts may hold other ends of lines, such as U+2028.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}, line {number}: not JSON ({error})") from None
 
 
 class FolderCatalog:
@@ -107,6 +121,9 @@ class FolderCatalog:
             rows.update({(base / name).as_posix(): row for name, row in _metadata(metadata)})
         self.entries = [_entry(name, rows.get(name, {})) for name in names]
 
+    def sha256(self, index: int) -> str:
+        return file_sha256(resolve_image(self.entries[index].place, self._folder))
+
     def candidate(self, index: int) -> Candidate:
         entry = self.entries[index]
         path = resolve_image(entry.place, self._folder)
@@ -124,19 +141,27 @@ class DatasetCatalog:
 
     def __init__(self, path: Path, scratch: Path) -> None:
         self._path, self._scratch = path, scratch
-        self._rows, self._column = _open_dataset(path)
+        self._rows, self._column = _open_dataset(path, scratch)
         others = [name for name, feature in self._rows.features.items() if getattr(feature, "dtype", "") == "string"]
-        texts = self._rows.select_columns(others) if others else [{}] * len(self._rows)
-        self.entries = [_entry(f"row {number}", row) for number, row in enumerate(texts)]
+        self.entries = [_entry(f"row {number}", row) for number, row in enumerate(_texts(self._rows, others))]
+
+    def _image(self, index: int) -> bytes | Path:
+        """The image of a row: itself, or the file that the row names."""
+        image = self._rows[index][self._column] or {}
+        if image.get("bytes") is not None:
+            return bytes(image["bytes"])
+        if not image.get("path"):
+            raise DataError(f"{self._path}, {self.entries[index].place}: it has no image")
+        return resolve_image(image["path"], self._path if self._path.is_dir() else self._path.parent)
+
+    def sha256(self, index: int) -> str:
+        image = self._image(index)
+        return file_sha256(image) if isinstance(image, Path) else hashlib.sha256(image).hexdigest()
 
     def candidate(self, index: int) -> Candidate:
-        entry, image = self.entries[index], self._rows[index][self._column]
-        data = (image or {}).get("bytes")
-        if data is None and image and image.get("path"):
-            root = self._path if self._path.is_dir() else self._path.parent
-            path = resolve_image(image["path"], root)
-        elif data is None:
-            raise DataError(f"{self._path}, {entry.place}: it has no image")
+        entry, data = self.entries[index], self._image(index)
+        if isinstance(data, Path):
+            path = data
         else:
             path = self._scratch / f"{hashlib.sha256(data).hexdigest()}.image"
             if not path.is_file() or path.stat().st_size != len(data):
@@ -145,7 +170,16 @@ class DatasetCatalog:
         return Candidate(None, path, entry.page or place, entry.title, entry.licence, entry.author)
 
 
-def _open_dataset(path: Path) -> tuple[Any, str]:
+def _texts(rows: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The text columns of all rows; a thousand rows at a time, which is many times faster than one by one."""
+    if not columns:
+        yield from ({} for _ in range(len(rows)))
+        return
+    for batch in rows.select_columns(list(columns)).iter(batch_size=1000):
+        yield from (dict(zip(columns, values)) for values in zip(*(batch[name] for name in columns)))
+
+
+def _open_dataset(path: Path, scratch: Path) -> tuple[Any, str]:
     import datasets
 
     try:
@@ -153,7 +187,7 @@ def _open_dataset(path: Path) -> tuple[Any, str]:
             rows = datasets.load_from_disk(str(path))
         else:
             files = sorted(str(file) for file in path.rglob("*.parquet")) if path.is_dir() else [str(path)]
-            rows = datasets.Dataset.from_parquet(files)
+            rows = datasets.Dataset.from_parquet(files, cache_dir=str(scratch / "datasets"))
         if isinstance(rows, datasets.DatasetDict):
             rows = datasets.concatenate_datasets([rows[split] for split in sorted(rows)])
     except KoreError:

@@ -6,18 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kore.augmentation.images.service import ask, text
+from kore.augmentation.images.service import ask, link, text
 from kore.augmentation.types import Candidate
 from kore.errors import KoreError, Unavailable
 from kore.fetch import Downloader
 
 API = "https://commons.wikimedia.org/w/api.php"
-HOSTS = ("upload.wikimedia.org",)
+HOSTS = ("thumb.wikimedia.org", "upload.wikimedia.org")
+"""Where Wikimedia keeps reduced and original files."""
 WIDTH = 960
 """One of the widths that Wikimedia keeps ready; others cost its servers work and are refused at times."""
 
 _OPERATORS = re.compile(r"[^\w\s]+|_")
-_PASSING = ("maxlag", "ratelimited", "readonly", "internal_api_error")
+_PASSING = ("maxlag", "ratelimited", "readonly", "internal_api_error", "cirrussearch-")
 
 
 class Commons:
@@ -49,7 +50,7 @@ class Commons:
                 "gsrnamespace": 6,
                 "gsrlimit": count,
                 "prop": "imageinfo",
-                "iiprop": "url|mime|extmetadata",
+                "iiprop": "url|extmetadata",
                 "iiurlwidth": WIDTH,
                 "iiextmetadatafilter": "LicenseShortName|UsageTerms|Artist",
             },
@@ -81,7 +82,7 @@ def _candidate(page: Mapping[str, Any]) -> Candidate | None:
 
     return Candidate(
         url=url,
-        page=str(info.get("descriptionurl", "")),
+        page=link(info.get("descriptionurl")),
         title=text(page.get("title")).removeprefix("File:"),
         licence=field("LicenseShortName") or field("UsageTerms") or "unknown",
         author=field("Artist"),

@@ -13,7 +13,7 @@ from kore.augmentation.cache import Cache
 from kore.augmentation.images.choose import Similarity, choose
 from kore.augmentation.images.store import ImageStore, from_record, to_record
 from kore.augmentation.types import Candidate, ImageSource, StoredImage
-from kore.errors import DataError, KoreError, Unavailable
+from kore.errors import ConfigError, DataError, KoreError, Unavailable
 from kore.fetch import Answered, Unfit, redact
 
 
@@ -70,7 +70,8 @@ class Images:
 
         Raises:
             Unavailable: The search fails in passing; or no image is left and one of them failed in passing.
-            KoreError: The search fails lastingly, such as with a wrong key; or the original cannot be read.
+            ConfigError: The search refuses the key, or the store cannot be written.
+            KoreError: The search fails lastingly, or the original cannot be read.
         """
         if self.source is None:
             return []
@@ -78,6 +79,8 @@ class Images:
         for candidate in self._search(query):
             try:
                 stored.append(self._fetch(candidate))
+            except ConfigError:
+                raise
             except KoreError as error:
                 if isinstance(error, Unavailable):
                     passing = passing or error

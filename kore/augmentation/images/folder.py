@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kore.artifacts import atomic_write, file_sha256
+from kore.artifacts import atomic_write
 from kore.augmentation.cache import digest
 from kore.augmentation.images.catalog import open_catalog
 from kore.augmentation.images.similarity import Clip
-from kore.augmentation.images.words import WordIndex
+from kore.augmentation.images.words import WordIndex, printable
 from kore.augmentation.types import Candidate
 from kore.errors import DataError
 
 if TYPE_CHECKING:
     import numpy
 
-_SAVE_EVERY = 256
+_SAVE_EVERY = 60.0
+"""Seconds between two writes of an index that grows: all that a kill may lose."""
+_BLOCK = 64
 
 
 class FolderSource:
@@ -78,12 +81,15 @@ class FolderSource:
         if self._words is not None:
             return self._words.search(query)
         assert self._clip is not None
+        import numpy
+
         scores = self._index() @ self._clip.text(query)
-        order = sorted(range(len(scores)), key=lambda row: (-round(float(scores[row]), 6), row))
-        return [self._readable[row] for row in order]
+        # The last digits depend on the number of threads.
+        order = numpy.argsort(-numpy.round(scores, 6), kind="stable")
+        return (self._readable[row] for row in order)
 
     def _skip(self, number: int, error: Exception) -> None:
-        self.skipped[self._catalog.entries[number].place] = str(error)
+        self.skipped[printable(self._catalog.entries[number].place)] = printable(str(error))
 
     def _index(self) -> numpy.ndarray:
         """The embeddings of all readable images, computed once and kept on disk by the images' content."""
@@ -100,11 +106,13 @@ class FolderSource:
         file = self._scratch / f"clip-{weights[:32]}.safetensors"
         known = _load(file)
         shas: list[str | None] = [self._sha256(number) for number in range(len(self))]
-        new = [number for number, sha256 in enumerate(shas) if sha256 is not None and sha256 not in known]
-        for start in range(0, len(new), _SAVE_EVERY):
-            for number in new[start : start + _SAVE_EVERY]:
-                self._embed(number, str(shas[number]), known)
-            _save(file, known)
+        unknown = {sha256: number for number, sha256 in enumerate(shas) if sha256 is not None and sha256 not in known}
+        new, saved = list(unknown.items()), time.monotonic()
+        for start in range(0, len(new), _BLOCK):
+            self._embed(dict(new[start : start + _BLOCK]), known)
+            if time.monotonic() - saved > _SAVE_EVERY or start + _BLOCK >= len(new):
+                _save(file, known)
+                saved = time.monotonic()
         self._readable = [number for number, sha256 in enumerate(shas) if sha256 in known]
         if not self._readable:
             raise DataError(f"none of {len(self)} images can be read; the first: {next(iter(self.skipped.values()))}")
@@ -113,20 +121,23 @@ class FolderSource:
 
     def _sha256(self, number: int) -> str | None:
         try:
-            path = self._catalog.candidate(number).path
-            return None if path is None else file_sha256(path)
+            return self._catalog.sha256(number)
         except (DataError, OSError) as error:
             self._skip(number, error)
             return None
 
-    def _embed(self, number: int, sha256: str, known: dict[str, numpy.ndarray]) -> None:
+    def _embed(self, numbers: Mapping[str, int], known: dict[str, numpy.ndarray]) -> None:
+        """Add the embeddings of some images, in batches unless one of them cannot be read."""
         assert self._clip is not None
-        path = self._catalog.candidate(number).path
+        paths = {sha256: self._catalog.candidate(number).path for sha256, number in numbers.items()}
         try:
-            assert path is not None
-            known[sha256] = self._clip.images([path], [sha256])[0]
+            known.update(zip(paths, self._clip.images([path for path in paths.values() if path], list(paths))))
+            return
         except DataError as error:
-            self._skip(number, error)
+            if len(numbers) == 1:
+                return self._skip(next(iter(numbers.values())), error)
+        for sha256, number in numbers.items():
+            self._embed({sha256: number}, known)
 
 
 def _load(file: Path) -> dict[str, numpy.ndarray]:

@@ -1,4 +1,8 @@
-"""Search with Google's Programmable Search (the Custom Search JSON API) and the user's own key."""
+"""Search with Google's Programmable Search (the Custom Search JSON API) and the user's own key.
+
+Google takes no new customers for this API and has announced its end for January 2027; ``serpapi`` searches the same
+images.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kore.augmentation.images.service import ask, entries, environment, text
+from kore.augmentation.images.service import ask, entries, environment, link, text
 from kore.augmentation.types import Candidate
 from kore.fetch import Downloader
 
@@ -56,6 +60,6 @@ class Google:
 
     def _candidate(self, item: Mapping[str, Any]) -> Candidate:
         image = item.get("image")
-        page = image.get("contextLink", "") if isinstance(image, dict) else ""
+        page = link(image.get("contextLink")) if isinstance(image, dict) else ""
         licence = f"unknown (searched with rights={self._rights})" if self._rights else "unknown"
-        return Candidate(url=item["link"], page=str(page), title=text(item.get("title")), licence=licence)
+        return Candidate(url=item["link"], page=page, title=text(item.get("title")), licence=licence)

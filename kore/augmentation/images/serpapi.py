@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kore.augmentation.images.service import ask, entries, environment, text
+from kore.augmentation.images.service import ask, entries, environment, link, text
 from kore.augmentation.types import Candidate
-from kore.errors import KoreError
+from kore.errors import Unavailable
 from kore.fetch import Downloader
 
 API = "https://serpapi.com/search.json"
@@ -28,10 +28,12 @@ class SerpApi:
         if self._rights:
             parameters["licenses"] = self._rights
         answer = ask(self._download, self._base_url, parameters)
-        status = answer.get("search_metadata")
-        if isinstance(status, dict) and status.get("status") == "Error":
-            said = text(answer.get("error")).replace(self._key, "…")
-            raise KoreError(f"{self._base_url}: the search failed ({said})")
+        metadata = answer.get("search_metadata")
+        status = metadata.get("status") if isinstance(metadata, dict) else None
+        # A search without results is a success with an error.
+        if status != "Success" and "error" in answer:
+            said = text(answer["error"]).replace(self._key, "…")
+            raise Unavailable(f"{self._base_url}: the search failed ({said})")
         results = entries(answer, "images_results", self._base_url)
         return [self._candidate(entry) for entry in results if isinstance(entry.get("original"), str)][:count]
 
@@ -41,7 +43,7 @@ class SerpApi:
             licence = f"unknown (searched with licenses={self._rights})" if self._rights else "unknown"
         return Candidate(
             url=entry["original"],
-            page=text(entry.get("link")),
+            page=link(entry.get("link")),
             title=text(entry.get("title")),
             licence=licence,
             author=text(entry.get("source")),

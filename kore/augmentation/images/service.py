@@ -9,17 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from kore.augmentation.images.words import printable
 from kore.errors import ConfigError, KoreError, Unavailable
 from kore.fetch import Allowlist, Answered, Downloader, DownloadLimits
 
 API_BYTES = 8 * 1024 * 1024
-_TAG = re.compile(r"<[^>]*>")
+_UNSEEN = re.compile(r"<!--.*?-->|<(style|script)\b[^<>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
+_BREAK = re.compile(r"</?(br|p|div|li|ul|ol|tr|td|th|table|h[1-6])\b[^<>]*>", re.IGNORECASE)
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+_LONGEST_HTML = 8_000
 
 
 def api_downloader(base_url: str, settings: Any, *, allow_private: bool = False) -> Downloader:
     """A downloader that reaches the API's own host and no other."""
-    parts = urlsplit(base_url)
-    host = parts.netloc
+    host = urlsplit(base_url).netloc
     limits = DownloadLimits(max_bytes=API_BYTES, timeout=settings.timeout, delay=settings.delay)
     return Downloader(Allowlist((host,), allow_private=allow_private), limits, contact=settings.contact)
 
@@ -44,10 +47,10 @@ def ask(download: Downloader, base_url: str, parameters: Mapping[str, str | int]
         KoreError: As Downloader.json.
     """
     try:
-        answer = download.json(f"{base_url}?{urlencode(parameters)}")
+        answer = download.json(f"{base_url}?{urlencode(parameters, errors='replace')}")
     except Answered as error:
         if error.status in (400, 401, 403):
-            raise ConfigError(f"{error}; check the key, its permissions, and images.contact") from None
+            raise ConfigError(f"{error}; check the key, its permissions and quota, and images.contact") from None
         raise
     if not isinstance(answer, dict):
         raise Unavailable(f"{base_url}: expected a JSON object, got {type(answer).__name__}")
@@ -67,5 +70,14 @@ def entries(answer: Mapping[str, Any], key: str, base_url: str) -> list[dict[str
 
 
 def text(value: Any) -> str:
-    """A field as plain text: no tags, no entities, no line breaks, at most 300 characters."""
-    return " ".join(html.unescape(_TAG.sub("", value)).split())[:300] if isinstance(value, str) else ""
+    """A field of HTML as plain text: no tags, no entities, no line breaks, at most 300 characters."""
+    if not isinstance(value, str):
+        return ""
+    seen = _TAG.sub("", _BREAK.sub(" ", _UNSEEN.sub("", value[:_LONGEST_HTML])))
+    return printable(html.unescape(seen))[:300]
+
+
+def link(value: Any) -> str:
+    """The address of a web page, ``""`` for anything that a reader should not follow."""
+    shown = printable(value) if isinstance(value, str) else ""
+    return shown[:2000] if shown.lower().startswith(("http://", "https://")) else ""

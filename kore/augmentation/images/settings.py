@@ -19,7 +19,7 @@ class ImageSettings(BaseModel):
     kind: Kind = "none"
     """``none``: no search, every task uses the original image. ``folder``: a folder of images or a saved Hugging Face
     dataset. ``commons``: Wikimedia Commons. ``google``: Programmable Search (GOOGLE_API_KEY and GOOGLE_CSE_ID in the
-    environment). ``serpapi``: SerpApi's Google Images (SERPAPI_API_KEY in the environment)."""
+    environment), which Google means to end in January 2027. ``serpapi``: SerpApi's Google Images (SERPAPI_API_KEY in the environment)."""
     path: Path | None = None
     """Of ``folder``: images with or without metadata.jsonl or metadata.csv, a ``save_to_disk`` dataset, or
     parquet."""
@@ -63,6 +63,9 @@ class ImageSettings(BaseModel):
             raise ValueError("index needs kind folder and a clip model")
         if self.kind in ("google", "serpapi") and not self.allow:
             raise ValueError(f"kind {self.kind} needs allow, the hosts to download from; ['*'] is any public host")
-        if self.kind == "commons" and not self.contact:
-            raise ValueError("kind commons needs contact: Wikimedia asks every program for an e-mail address or a page")
+        if self.kind == "commons" and "@" not in self.contact and "://" not in self.contact:
+            raise ValueError(
+                "kind commons needs contact, an e-mail address or the URL of a page: Wikimedia asks every program for "
+                f"one; got {self.contact!r}"
+            )
         return self

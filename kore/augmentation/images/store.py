@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from kore.artifacts import atomic_write
+from kore.augmentation.images.words import printable
 from kore.augmentation.types import Candidate, StoredImage
-from kore.errors import DataError, KoreError
+from kore.errors import ConfigError, DataError, KoreError
 from kore.fetch import DecodedImage, Downloader, decode_image, redact
 
 JPEG_QUALITY = 90
 LOSSLESS_PIXELS = 512 * 512
 _REMEMBERED = 1024
+# Temporary files are named after the process, so its threads take turns, whatever store they use.
+_LOCK = threading.Lock()
 
 
 def encode(image: DecodedImage, max_side: int) -> tuple[bytes, str, int, int]:
@@ -46,8 +49,9 @@ class ImageStore:
     """A folder of images ``<sha256>.jpg`` or ``.png``, each with a ``<sha256>.json`` that says where it came from.
 
     The sha256 is that of the stored bytes, so the same picture from two places is there once, with both places in its
-    side-car. Files appear whole or not at all; after a loss of power :meth:`find` tells those that are damaged. Several
-    threads may use a store at once.
+    side-car. Files appear whole or not at all; after a loss of power :meth:`find` tells those that are damaged, and
+    :meth:`fetch` writes them again. Several threads may use a store at once, and several processes, of which the last
+    one to find a picture may leave a place that another one found out of the side-car.
 
     Args:
         folder: Where it lies; made when the first image comes.
@@ -69,7 +73,6 @@ class ImageStore:
         self.folder = Path(folder)
         self.download = download
         self.max_bytes, self.max_pixels, self.max_side = max_bytes, max_pixels, max_side
-        self._lock = threading.Lock()
         self._kept: dict[tuple[str, int, int], StoredImage] = {}
 
     def identity(self) -> dict[str, Any]:
@@ -84,6 +87,7 @@ class ImageStore:
 
         Raises:
             Unavailable: Its server fails in passing.
+            ConfigError: The store cannot be written.
             KoreError: It cannot be fetched, or is not an image within the caps; the network is off.
         """
         if candidate.path is not None:
@@ -137,11 +141,17 @@ class ImageStore:
         sha256 = hashlib.sha256(content).hexdigest()
         path = self.folder / f"{sha256}.{suffix}"
         fetched = {"width": decoded.pixels.width, "height": decoded.pixels.height, "format": decoded.kind}
-        with self._lock:
-            # A file whose size differs was cut short by something other than this program: it is written again.
-            if not path.is_file() or path.stat().st_size != len(content):
-                atomic_write(path, content, durable=False)
-            self._record(path, sha256, width, height, {**describe(candidate), **fetched})
+        try:
+            with _LOCK:
+                # A file with other content was damaged by something other than this program: it is written again.
+                if not path.is_file() or path.read_bytes() != content:
+                    atomic_write(path, content, durable=False)
+                self._record(path, sha256, width, height, {**describe(candidate), **fetched})
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: the image cannot be stored ({error.strerror or type(error).__name__}); free some space, or "
+                "choose another folder"
+            ) from error
         return StoredImage(sha256, path, width, height, candidate)
 
     def _record(self, path: Path, sha256: str, width: int, height: int, source: dict[str, Any]) -> None:
@@ -160,14 +170,10 @@ class ImageStore:
 
 def describe(candidate: Candidate) -> dict[str, str]:
     """Where a candidate comes from and whose it is, for files; of a local one the place, not the path."""
+    # Names of files and fields of servers may hold what UTF-8 cannot.
     place = {"url": candidate.url} if candidate.url else {"file": candidate.page or Path(str(candidate.path)).name}
-    return {
-        **place,
-        "page": candidate.page,
-        "title": candidate.title,
-        "licence": candidate.licence,
-        "author": candidate.author,
-    }
+    about = {name: getattr(candidate, name) for name in ("page", "title", "licence", "author")}
+    return {name: printable(value) for name, value in {**place, **about}.items()}
 
 
 def to_record(candidate: Candidate) -> dict[str, Any]:

@@ -19,6 +19,11 @@ def tokens(text: str) -> list[str]:
     return _WORD.findall(plain.casefold())
 
 
+def printable(text: str) -> str:
+    """The text on one line, without what no file can hold or no reader can see, such as halves of characters."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
 class WordIndex:
     """Ranks descriptions by the words they share with a query; rare words count more, long descriptions less."""
 
