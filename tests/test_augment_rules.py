@@ -10,8 +10,17 @@ import pytest
 from pydantic import BaseModel
 
 from kore.augmentation import checks
-from kore.augmentation.ask import NotGenerated
-from kore.augmentation.generators.rules import RulesGenerator, beginning, given_facts, names, sentences
+from kore.augmentation.ask import Asker, NotGenerated
+from kore.augmentation.cache import Cache
+from kore.augmentation.generators.rules import (
+    RulesGenerator,
+    attribute_form,
+    beginning,
+    given_facts,
+    names,
+    sentences,
+)
+from kore.augmentation.limits import Limits
 from kore.augmentation.schema import Caption, Dialogue, Questions
 from kore.augmentation.types import KnowledgeItem, Request
 from kore.errors import KoreError
@@ -179,10 +188,66 @@ def test_a_schema_of_another_sort_is_refused():
         ask(TOWER, Other)
 
 
-def test_the_same_request_gives_the_same_answer_and_another_attempt_other_words():
+def test_the_same_request_gives_the_same_answer_and_another_seed_other_words():
     assert ask(TOWER, Dialogue) == ask(TOWER, Dialogue)
-    assert len({str(ask(TOWER, Dialogue, attempt=attempt)) for attempt in range(6)}) > 1
+    assert len({str(ask(TOWER, Dialogue, seed=seed)) for seed in range(6)}) > 1
     assert RULES.cached is False and "texts" in RULES.identity()
+
+
+def test_a_refused_round_is_not_replaced_by_the_same_in_other_words(tmp_path):
+    asker = Asker(RULES, Cache(tmp_path), Limits(), attempts=3)
+
+    def check(answer):
+        return Dialogue(rounds=answer.rounds[1:]), ["Round 1: the answer is not wanted."]
+
+    made = asker.ask("dialogue", TOWER, ({"role": "user", "content": "x"},), Dialogue, check, 100)
+    answers = [each.answer for each in made.rounds]
+    assert len(set(answers)) == len(answers) and asker.accounting.requests == 1
+
+
+def test_of_several_sentences_with_a_value_one_has_to_be_about_the_attribute():
+    text = (
+        "The first coins were an alloy of gold and silver. Their cities used silver. The metal of the rest was copper."
+    )
+    item = KnowledgeItem("x", "entity", "money", "Zog coinage", text, facts={"main metal": "silver"})
+    rounds = {each.question: each.answer for each in ask(item, Dialogue).rounds}
+    assert next(answer for question, answer in rounds.items() if "main metal" in question) == "Silver."
+    about = "The coins had some silver. Their main metal was silver."
+    item = KnowledgeItem("x", "entity", "money", "Zog coinage", "It is old. " + about, facts={"main metal": "silver"})
+    rounds = {each.question: each.answer for each in ask(item, Dialogue).rounds}
+    assert next(a for q, a in rounds.items() if "main metal" in q) == "Their main metal was silver."
+
+
+@pytest.mark.parametrize(
+    ("title", "sentence", "fits"),
+    [
+        ("brick", "Whole cities of fired brick were built in Sind.", False),
+        ("brick", "A brick wall was built in Sind.", False),
+        ("brick", "The temple of brick is in Sind.", True),
+        ("Eileen Collins", "In this year Eileen Collins flew for the space agency NASA.", False),
+        ("Eileen Collins", "Eileen Collins flew for the space agency of America.", True),
+    ],
+)
+def test_a_visual_question_leaves_no_adjective_before_this(title, sentence, fits):
+    item = KnowledgeItem("x", "entity", "thing", title, sentence)
+    if fits:
+        assert ask(item, Questions, "vqa").questions
+    else:
+        with pytest.raises(NotGenerated):
+            ask(item, Questions, "vqa")
+
+
+def test_a_long_headline_still_has_a_caption():
+    title = "Eileen Collins becomes the first woman to command a space shuttle on its way to the stars"
+    item = KnowledgeItem("x", "news", "space", title, "The space shuttle Columbia lifted off on 23 July 1999.")
+    for seed in range(4):
+        answer = ask(item, Caption, seed=seed)
+        assert checks.check_caption(item, answer) == (answer, []) and "space" in answer.depicted
+
+
+def test_the_number_of_things_is_one_number():
+    assert attribute_form("number of moons", "79") == "generic" == attribute_form("source of colours", "iron")
+    assert attribute_form("moons", "79") == "count" and attribute_form("works of art", "x") == "plural"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +271,7 @@ def test_names():
         "1889", "French", "Gustave Eiffel", "2,500", "Paris",
     ]  # fmt: skip
     assert names("Only the first is a capital.") == []
+    assert names("It began in the sixth century BC, after 600 BC.") == ["600 BC"]
     assert names('He said: "The end is near, When in Rome" and went to The Hague.') == ["Rome", "Hague"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from kore.augmentation.chance import stream
-from kore.augmentation.texts import HERE, PROMPTS, TEMPLATES, item_words, load_texts, write_texts
+from kore.augmentation.texts import HERE, PROMPTS, TEMPLATES, filled, item_words, load_texts, write_texts
 from kore.augmentation.types import KnowledgeItem
 from kore.errors import ConfigError
 
@@ -168,3 +168,13 @@ def test_the_command_copies_them_out(tmp_path, capsys):
     assert main(command) == 0
     assert load_texts(tmp_path / "mine").identity() == load_texts().identity()
     assert main(command) == 2 and "choose a new folder" in capsys.readouterr().err
+
+
+def test_a_filled_template_begins_with_a_capital():
+    for name, begins in (
+        ("gravel", "Gravel is"),
+        ("the retina", "The retina is"),
+        ("iPhone", "iPhone is"),
+        ("R2", "R2"),
+    ):
+        assert filled("{name} is it.", {"name": name}).startswith(begins)

@@ -60,7 +60,8 @@ class Asker:
         generator: Answers.
         cache: Keeps the replies.
         limits: How fast and how often it is asked, and what it takes.
-        attempts: How often at most a request is put, with the reasons why the last reply was not accepted.
+        attempts: How often at most a request is put, with the reasons why the last reply was not accepted; once where
+            the generator has ``corrects = False``.
         seed: Of sampling and of jitter.
         texts: What a model is told about the form of its answer and about what is wrong with it; by default the
             project's own.
@@ -79,7 +80,7 @@ class Asker:
         if attempts < 1:
             raise KoreError(f"attempts: expected at least 1, got {attempts}")
         self.generator, self.cache, self.limits = generator, cache, limits
-        self.attempts, self.seed = attempts, seed
+        self.attempts, self.seed = attempts if getattr(generator, "corrects", True) else 1, seed
         self.texts = load_texts() if texts is None else texts
         self._identity = dict(generator.identity())
         self._cached = bool(getattr(generator, "cached", True))

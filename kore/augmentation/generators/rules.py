@@ -9,11 +9,11 @@ from typing import Any
 
 from kore.augmentation.ask import NotGenerated
 from kore.augmentation.chance import stream
-from kore.augmentation.checks import supported
+from kore.augmentation.checks import DEPICTED_WORDS_AT_MOST, supported
 from kore.augmentation.schema import Caption, Dialogue, Questions
 from kore.augmentation.texts import Texts, as_written, filled, item_words, load_texts
 from kore.augmentation.types import KnowledgeItem, Reply, Request
-from kore.augmentation.words import FUNCTION_WORDS, english, tokenize
+from kore.augmentation.words import FUNCTION_WORDS, english, tokenize, word_count
 from kore.errors import KoreError
 
 ROUNDS, QUESTIONS = 10, 5
@@ -22,6 +22,7 @@ VERSION = 2
 _ABBREVIATIONS = re.compile(r"(?:mrs?|ms|dr|prof|st|[js]r|gen|col|lt|no|vs|inc|ltd|corp?|\w(?:\.\w)*)", re.IGNORECASE)
 _NO_NOUN_ENDS = frozenset(["in", "at", "on", "of", "to", "for", "from", "with", "as", "near", "by"])
 _NOUNS_IN_ED = frozenset(["bed", "breed", "creed", "deed", "feed", "need", "seed", "shed", "speed", "weed"])
+_ERAS = frozenset(["BC", "BCE", "AD", "CE"])
 _SINGULAR = frozenset(["series", "species", "address", "lens", "gas", "bias", "atlas"])
 
 
@@ -46,6 +47,8 @@ class RulesGenerator:
     """
 
     cached = False
+    corrects = False
+    """Told what is wrong it would say the same in other words, and so twice."""
 
     def __init__(self, texts: Texts | None = None) -> None:
         self._texts = load_texts() if texts is None else texts
@@ -66,7 +69,7 @@ class RulesGenerator:
             raise KoreError(
                 f"the generator by rules has no rule for {request.schema.__name__}; choose a language model"
             )
-        rng = stream(request.seed, request.item.title, request.task, request.attempt)
+        rng = stream(request.seed, request.item.title, request.task)
         return Reply(json.dumps(maker(request.item, rng), ensure_ascii=False))
 
     def _dialogue(self, item: KnowledgeItem, rng: Any) -> dict[str, Any]:
@@ -82,7 +85,7 @@ class RulesGenerator:
             question = self._question(item, attribute, value, as_written(subject, item.text), rng)
             if _told(value, question):
                 continue
-            holder = next((each for each in said if _within(value, each)), None)
+            holder = _holder(said, attribute, value)
             whole = holder is not None and holder not in used and len(holder.split()) <= SENTENCE_WORDS
             rounds.append({"question": question, "answer": str(holder) if whole else _as_sentence(value)})
             used.update([holder] if holder is not None else [])
@@ -106,7 +109,10 @@ class RulesGenerator:
         summary = beginning(item.text, SUMMARY_WORDS)
         if not summary:
             raise NotGenerated(_nothing(item, "a caption"))
-        depicted = self._texts.line(rng, "rules", f"depicted_{item.category}", **item_words(item))
+        words = item_words(item)
+        depicted = self._texts.line(rng, "rules", f"depicted_{item.category}", **words)
+        if word_count(depicted) > DEPICTED_WORDS_AT_MOST:
+            depicted = self._texts.line(rng, "rules", f"depicted_{item.category}_briefly", **words)
         return {"depicted": depicted, "summary": summary}
 
     def _questions(self, item: KnowledgeItem, rng: Any) -> dict[str, Any]:
@@ -122,6 +128,7 @@ class RulesGenerator:
             key = "cloze" if _within(item.title, sentence) else "cloze_about"
             if (
                 len(found) < QUESTIONS
+                and (key == "cloze_about" or _replaceable(item.title, sentence))
                 and understood
                 and gap not in answers
                 and not any(_within(a, sentence) for a in answers)
@@ -193,7 +200,7 @@ def names(sentence: str) -> list[str]:
             continue
         if found and sentence[found[-1][1] : match.start()] == " ":
             found[-1] = (found[-1][0], match.end())
-        elif word.lower() not in FUNCTION_WORDS:
+        elif word.lower() not in FUNCTION_WORDS and word not in _ERAS:
             found.append((match.start(), match.end()))
     texts = [re.sub(r"['’]s$", "", sentence[start:end]) for start, end in found]
     return [text for text in texts if len(text.split()) <= VALUE_WORDS]
@@ -206,6 +213,10 @@ def attribute_form(attribute: str, value: str) -> str:
         return "by"
     if last in _NO_NOUN_ENDS:
         return "label"
+    # Of "number of moons" the number is asked for.
+    head = re.split(r" (?:of|in|for|from|at|on|with|to) ", attribute.lower())[0]
+    if head != attribute.lower():
+        last, value = head.split()[-1], ""
     if last.endswith("ed") and " " not in attribute and last not in _NOUNS_IN_ED:
         return "when" if re.search(r"\b\d{4}\b", value) else "label"
     if last.endswith("s") and not last.endswith(("ss", "us", "is", "ics")) and last not in _SINGULAR:
@@ -239,6 +250,28 @@ def _only_there(part: str, sentence: str) -> bool:
     said = {token.key for token in tokenize(part) if token.content}
     rest = {token.key for token in tokenize(sentence.replace(part, " "))}
     return bool(said) and sentence.count(part) == 1 and not said <= rest
+
+
+def _holder(said: list[str], attribute: str, value: str) -> str | None:
+    """The sentence that holds a value; of several the first with a word of the attribute, and else none of them."""
+    holders = [each for each in said if _within(value, each)]
+    if len(holders) <= 1:
+        return holders[0] if holders else None
+    asked = {token.key for token in tokenize(attribute) if token.content}
+    return next((each for each in holders if asked & {token.key for token in tokenize(each)}), None)
+
+
+def _replaceable(title: str, sentence: str) -> bool:
+    """Whether "this film" can stand for the title wherever a sentence has it: no "fired brick", no "brick wall"."""
+    words = r"\s+".join(re.escape(word) for word in title.split())
+    for match in re.finditer(rf"(?<!\w)(?:(?:the|an?)\s+)?{words}(?!\w)", sentence, flags=re.IGNORECASE):
+        before = re.search(r"([\w'’-]+)\s*$", sentence[: match.start()])
+        after = re.match(r"\s+([\w'’-]+)", sentence[match.end() :])
+        if before is not None and before[1].lower() not in FUNCTION_WORDS:
+            return False
+        if title.islower() and after is not None and after[1].lower() not in FUNCTION_WORDS:
+            return False
+    return True
 
 
 def _told(value: str, question: str) -> bool:

@@ -127,9 +127,9 @@ def as_written(name: str, text: str) -> str:
 
 
 def filled(template: str, words: Mapping[str, str]) -> str:
-    """A template with its placeholders filled in; "the" at its beginning gets a capital."""
+    """A template with its placeholders filled in; a word in small letters at its beginning gets a capital."""
     text = template.format_map(words)
-    return f"T{text[1:]}" if text.startswith("the ") else text
+    return text[0].upper() + text[1:] if re.match(r"[^\W\d_]+(?!\w)", text) and text.split()[0].islower() else text
 
 
 def _with_article(noun: str) -> str:

@@ -157,6 +157,8 @@ FILES: Mapping[str, Mapping[str, Callable[[Any, str], Any]]] = {
         "further": _lines(_words("subject")),
         "depicted_news": _lines(_ITEM_NEWS),
         "depicted_entity": _lines(_ITEM_ENTITY),
+        "depicted_news_briefly": _lines(_words("", KIND)),
+        "depicted_entity_briefly": _lines(_words("", KIND)),
         "news_hypernym": _string,
         "news_subject": _one(_words("title")),
     },
