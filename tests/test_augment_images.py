@@ -480,7 +480,7 @@ class TestServices:
             "error": {"code": 403, "message": "Daily Limit Exceeded", "errors": [{"reason": "dailyLimitExceeded"}]}
         }
         server.pages["/v1"] = lambda handler: handler.answer(403, json.dumps(daily).encode())
-        with pytest.raises(ConfigError, match="Daily Limit Exceeded.*quota"):
+        with pytest.raises(ConfigError, match=r"Daily Limit Exceeded.*quota"):
             Google(server.downloader(), "", server.url("/v1")).search("hall", 5)
         spent = {
             "error": {"code": 429, "message": "Quota exceeded for 'Queries per day'", "status": "RESOURCE_EXHAUSTED"}

@@ -19,7 +19,8 @@ class ImageSettings(BaseModel):
     kind: Kind = "none"
     """``none``: no search, every task uses the original image. ``folder``: a folder of images or a saved Hugging Face
     dataset. ``commons``: Wikimedia Commons. ``google``: Programmable Search (GOOGLE_API_KEY and GOOGLE_CSE_ID in the
-    environment), which Google means to end in January 2027. ``serpapi``: SerpApi's Google Images (SERPAPI_API_KEY in the environment)."""
+    environment), which Google means to end in January 2027. ``serpapi``: SerpApi's Google Images (SERPAPI_API_KEY in
+    the environment)."""
     path: Path | None = None
     """Of ``folder``: images with or without metadata.jsonl or metadata.csv, a ``save_to_disk`` dataset, or
     parquet."""
