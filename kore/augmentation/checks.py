@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from kore.augmentation.schema import MAX_QUESTIONS, MAX_ROUNDS, Caption, Dialogue, Quadruplet, Questions, Round
 from kore.augmentation.types import KnowledgeItem
@@ -83,27 +83,49 @@ class _Evidence:
     """The words of a text, for lookup. ``small`` are the small words of its language, if that is not English."""
 
     def __init__(self, text: str, small: frozenset[str] | None = None) -> None:
-        self.text = fold(text)
         self.small = small_words(text) if small is None else small
-        tokens = tokenize(text)
-        self.keys = frozenset(token.key for token in tokens)
-        self.keys |= {number for token in tokens if (number := ordinal(token.key))}
-        self._pairs = frozenset(pair for token in tokens for pair in token.near)
-        self._starts: dict[str, list[str]] = {}
+        self._text, self._tokens = text, tokenize(text)
+        self.keys = frozenset(token.key for token in self._tokens)
+        self.keys |= {number for key in self.keys if (number := ordinal(key))}
+
+    @cached_property
+    def text(self) -> str:
+        """All of it, folded."""
+        return fold(self._text)
+
+    @cached_property
+    def _pairs(self) -> frozenset[str]:
+        return frozenset(pair for token in self._tokens for pair in token.near)
+
+    @cached_property
+    def _starts(self) -> dict[str, list[str]]:
+        starts: dict[str, list[str]] = {}
         for key in self.keys:
-            self._starts.setdefault(key[:4], []).append(key)
-        self._initials = frozenset(
+            starts.setdefault(key[:4], []).append(key)
+        return starts
+
+    @cached_property
+    def _initials(self) -> frozenset[str]:
+        """The initials of all names of several words and of their parts."""
+        return frozenset(
             initials[start:end]
-            for name in _names(tokens)
-            for initials in ["".join(tokens[place].key[0] for place in name[:_LONGEST_NAME])]
+            for name in _names(self._tokens)
+            for initials in ["".join(self._tokens[place].key[0] for place in name[:_LONGEST_NAME])]
             for start in range(len(initials))
             for end in range(start + 2, len(initials) + 1)
         )
-        self._acronyms = frozenset(token.key for token in tokens if token.upper)
-        self._units: dict[str, set[str]] = {}
-        for token, unit in units(tokens):
-            self._units.setdefault(token.key, set()).add(unit)
-        self._measures = frozenset(unit for names in self._units.values() for unit in names)
+
+    @cached_property
+    def _acronyms(self) -> frozenset[str]:
+        return frozenset(token.key for token in self._tokens if token.upper)
+
+    @cached_property
+    def _units(self) -> dict[str, set[str]]:
+        """For each number that has units, their names."""
+        found: dict[str, set[str]] = {}
+        for token, unit in units(self._tokens):
+            found.setdefault(token.key, set()).add(unit)
+        return found
 
     def content(self, text: str) -> list[Token]:
         """The words and numbers of another text that say something, in order."""
@@ -117,7 +139,7 @@ class _Evidence:
             return True
         if token.number:
             return False
-        if UNITS.get(token.key) in self._measures:
+        if token.key in UNITS and any(UNITS[token.key] in found for found in self._units.values()):
             return True
         return any(stem_match(token.key, other) for other in self._starts.get(token.key[:4], ()))
 

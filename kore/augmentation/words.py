@@ -110,6 +110,9 @@ _TOKEN = re.compile(
 )
 
 
+_SYMBOL = re.compile("[" + "".join(map(re.escape, _SYMBOLS)) + "]")
+_POSSESSIVE = re.compile(r"['’]s\b")
+_PER_CENT = re.compile(r"\bper cent\b", re.IGNORECASE)
 _NOT = re.compile(r"\b(\w+?)n['’]t\b", re.IGNORECASE)
 _FULL = {"ca": "can", "wo": "will", "sha": "shall"}
 _ARABIC_ARTICLE = re.compile("^(?:[وف]?(?:ال|بال|كال|لل))(?=\\w{3})")
@@ -170,11 +173,10 @@ def _plain(value: Decimal) -> str:
 
 
 def _raw(text: str) -> list[Token]:
-    for symbol, word in _SYMBOLS.items():
-        text = text.replace(symbol, word)
-    text = re.sub(r"['’]s\b", "", unicodedata.normalize("NFKC", text))
-    text = re.sub(r"\bper cent\b", "percent", text, flags=re.IGNORECASE)
-    text = _NOT.sub(lambda match: f"{_FULL.get(match[1].lower(), match[1])} not", text)
+    text = unicodedata.normalize("NFKC", _SYMBOL.sub(lambda match: _SYMBOLS[match[0]], text))
+    if "'" in text or "’" in text:
+        text = _NOT.sub(lambda match: f"{_FULL.get(match[1].lower(), match[1])} not", _POSSESSIVE.sub("", text))
+    text = _PER_CENT.sub("percent", text)
     tokens: list[Token] = []
     initial = True
     for match in _TOKEN.finditer(text):
