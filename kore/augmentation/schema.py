@@ -74,12 +74,11 @@ class Quadruplet(BaseModel):
     """A question with a short answer, about something that an image can show."""
 
     model_config = Answer.model_config
+    # A model writes the fields in this order, so the subject comes before the question that has to hold it.
+    subject: str = Field(min_length=1, max_length=200, description="Whom or what the question is about, by name.")
+    hypernym: str = Field(min_length=1, max_length=100, description="What sort of thing the subject is.")
     question: str = Field(min_length=1, max_length=600, description="A question that holds the subject word for word.")
     answer: str = Field(min_length=1, max_length=200, description="A word or a short phrase from the text.")
-    subject: str = Field(
-        min_length=1, max_length=200, description="Whom or what the question is about, as named in it."
-    )
-    hypernym: str = Field(min_length=1, max_length=100, description="What sort of thing the subject is.")
 
 
 class Questions(Answer):

@@ -161,9 +161,8 @@ class _Work:
 
     def _prompt(self, name: str, rng: Any, words: int, **more: Any) -> Any:
         item = self.item
-        text = re.sub(r"</?text>", "", item.text)
         return self.texts.messages(
-            name, rng, title=item.title, type=item.type, category=item.category, text=text, words=words, **more
+            name, rng, title=item.title, type=item.type, category=item.category, text=item.text, words=words, **more
         )
 
     def _ask(self, task: Task, messages: Any, schema: type[BaseModel], check: Callable[[Any], Any]) -> Any:

@@ -135,7 +135,7 @@ def _rephrased(
         title=item.title,
         type=item.type,
         category=item.category,
-        text=re.sub(r"</?text>", "", item.text),
+        text=item.text,
         words=_longest(words),
         number=number,
         count=count,

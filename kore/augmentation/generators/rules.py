@@ -9,7 +9,7 @@ from typing import Any
 
 from kore.augmentation.ask import NotGenerated
 from kore.augmentation.chance import stream
-from kore.augmentation.checks import DEPICTED_WORDS_AT_MOST, supported
+from kore.augmentation.checks import DEPICTED_WORDS_AT_MOST, supported, without
 from kore.augmentation.schema import Caption, Dialogue, Questions
 from kore.augmentation.texts import Texts, as_written, filled, item_words, load_texts
 from kore.augmentation.types import KnowledgeItem, Reply, Request
@@ -120,7 +120,8 @@ class RulesGenerator:
         found: list[dict[str, str]] = []
         for attribute, value in given_facts(item):
             question = self._question(item, attribute, value, item.title, rng)
-            if len(value.split()) <= VALUE_WORDS and not _told(value, f"{question} {hypernym}"):
+            shown = without(question, item.title, hypernym)
+            if len(value.split()) <= VALUE_WORDS and not _told(value, f"{shown} {hypernym}"):
                 found.append({"question": question, "answer": value})
         answers = {each["answer"] for each in found}
         understood = english(item.text)

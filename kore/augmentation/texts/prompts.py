@@ -1,11 +1,13 @@
 """Prompts in Jinja: the blocks ``system`` and ``user`` of a file become chat messages.
 
-Knowledge goes in as values, never as a template, so nothing in a text is executed.
+Knowledge goes in as values, never as a template, so nothing in a text is executed; and no value can hold one of the
+marks ``<text>`` and ``</text>`` around the text.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ VARIABLES: Mapping[str, frozenset[str]] = {
     "rephrase.j2": _COMMON | {"number", "count"},
 }
 NEEDED = ("title", "text")
+_MARK = re.compile(r"<(?=\s*/?\s*text\b)", re.IGNORECASE)
 _ENVIRONMENT = SandboxedEnvironment(
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
 )
@@ -44,9 +47,10 @@ class Prompt:
         def pick(variants: Sequence[str]) -> str:
             return rng.choice(variants)
 
+        inside = {name: _MARK.sub("‹", value) if isinstance(value, str) else value for name, value in words.items()}
         found = []
         for role in BLOCKS:
-            context = self.template.new_context({**words, "pick": pick})
+            context = self.template.new_context({**inside, "pick": pick})
             try:
                 content = "".join(self.template.blocks[role](context)).strip()
             except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
