@@ -32,6 +32,8 @@ _PUBLIC = {
     "decelerate": "kore.acceleration",
     "two_sided": "kore.protection",
     "load_model": "kore.models",
+    "AugmentConfig": "kore.augmentation",
+    "augment": "kore.augmentation",
     "TrainConfig": "kore.training",
     "train": "kore.training",
     "merge": "kore.merging",

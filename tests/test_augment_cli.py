@@ -9,7 +9,7 @@ import pytest
 from kore.cli import main
 from kore.data import load_conversations
 from tests.augment_knowledge import write_knowledge
-from tests.augment_server import ScriptedServer
+from tests.augment_server import Fault, ScriptedServer
 from tests.test_augment_run import Talkative, files_of
 from tests.test_cli import fails
 
@@ -41,6 +41,37 @@ def test_a_dry_run_says_what_it_would_cost(knowledge, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "4 items, 0 of them done; nothing was asked or written" in shown and "requests: 12," in shown
     assert float(shown.partition("cost: ")[2].split()[0]) > 1 and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_needs_no_key_and_opens_no_client(knowledge, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("openai.OpenAI", lambda **_: pytest.fail("a client"))
+    words = ["augment", str(knowledge), "-o", str(tmp_path / "out"), "-m", "gpt-5", "--dry-run"]
+    assert main([*words, "--set", "generator.extra.reasoning_effort=low"]) == 0
+    assert "requests: 12, of which the cache answers 0" in capsys.readouterr().out
+
+
+def test_one_of_a_thing_is_no_plural(tmp_path, capsys):
+    knowledge = write_knowledge(tmp_path / "data" / "knowledge.jsonl", 1)
+    with knowledge.open("a") as file:
+        file.write("{}\n")
+    words = ["augment", str(knowledge), "-o", str(tmp_path / "out"), "--on-bad-row", "skip"]
+    assert main([*words, "--set", "quality=false"]) == 0
+    shown = "".join(capsys.readouterr())
+    assert "1 item, 1 image in" in shown and "left out: 1 bad row\n" in shown and "1 bad row left out; " in shown
+    assert "1 bad rows" not in shown
+
+
+def test_a_service_that_did_not_answer_is_said_to_be_tried_again(knowledge, tmp_path, capsys):
+    faults = {number: Fault(status=503) for number in range(3)}
+    with ScriptedServer(Talkative(knowledge), faults, key=None) as server:
+        words = ["augment", str(knowledge), "-o", str(tmp_path / "out"), "-m", "x", "--base-url", server.url]
+        words += ["--set", "limits.retries=2", "--set", "limits.backoff=0.01", "--set", "quality=false"]
+        words += ["--set", "limits.stop_after=9", "--workers", "1", "--tasks", "dialogue"]
+        assert main(words) == 0
+        assert "1 failure may pass: the same command tries these items again" in capsys.readouterr().out
+        assert main(words) == 0
+        assert "4 items (3 of them done before)" in capsys.readouterr().out and len(server.requests) == 7
 
 
 def test_a_dry_run_without_a_model(knowledge, tmp_path, capsys):

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from kore.augmentation.generators.rules import RulesGenerator
 from kore.cli import main
-from kore.errors import ConfigError, DataError
+from kore.errors import ConfigError, DataError, Unavailable
 from kore.pipeline.loading import load_config
+from kore.pipeline.report_augment import add_section
 from kore.pipeline.run import build_stages, run_pipeline, stage_names
 from kore.pipeline.stage import run_stages
 from kore.pipeline.workbench import Workbench
+from kore.report import Report
 from tests.augment_knowledge import write_knowledge
 from tests.test_pipeline import Said
 from tests.tiny import save_tiny
+
+
+@pytest.fixture(autouse=True)
+def _small_collections():
+    """Leave what is loaded, such as torch, out of the collections between stages, which take half of the time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def write_run(folder: Path, **changes) -> Path:
@@ -61,6 +73,36 @@ def test_a_run_trains_on_what_it_makes_from_knowledge(tmp_path):
     assert states == {"augment": "done", "init": "skipped", "train": "done", "report": "done"}
     assert ("augment", "runs", "again, augment.knowledge has changed") in said
     assert "4 conversations" in report.read_text(encoding="utf-8")
+
+
+def test_what_a_service_did_not_answer_is_said_and_tried_again_when_asked(tmp_path, monkeypatch):
+    down = True
+    answer = RulesGenerator.generate
+
+    def generate(self, request):
+        if down and request.item.id == "news-1":
+            raise Unavailable("the server sleeps")
+        return answer(self, request)
+
+    monkeypatch.setattr(RulesGenerator, "generate", generate)
+    path = write_run(tmp_path, augment={"limits": {"retries": 0}})
+    config = load_config(path)
+
+    def said_of_augment(*rerun):
+        said = Said()
+        run_stages(build_stages(config)[:1], Workbench(config.model, False), said, rerun)
+        return said[-1]
+
+    words = "3 items, 2 conversations, 0 images, 1 failure, 1 of them where a service did not answer; --rerun augment"
+    _, state, remark = said_of_augment()
+    assert state == "done" and remark.startswith(words)
+    _, state, remark = said_of_augment()
+    assert state == "skipped" and words in remark
+    report = Report("x")
+    add_section(report, tmp_path / "run" / "augment")
+    assert "Of these, 1 may pass" in report.html()
+    down = False
+    assert said_of_augment("augment")[2].startswith("3 items, 3 conversations, 0 images (")
 
 
 def test_what_changes_no_result_runs_nothing_again(tmp_path):

@@ -34,7 +34,7 @@ _TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".we
 
 
 class Tally:
-    """What was written: samples by task, dialogue rounds, images, failures."""
+    """What was written: samples and their questions by task, images, failures and how many of them may pass."""
 
     def __init__(self) -> None:
         self.items = 0
@@ -42,6 +42,7 @@ class Tally:
         self.turns: dict[str, int] = {}
         self.images = 0
         self.failures = 0
+        self.passing = 0
         self.reasons: dict[tuple[str, str], int] = {}
         self.first = ""
 
@@ -95,6 +96,7 @@ def write_outputs(
             for failure in result.failures:
                 failed(_failure(failure, result.item.source))
                 tally.failures += 1
+                tally.passing += failure.passing
                 tally.first = tally.first or failure.reason
                 kind = (failure.task, reason_kind(failure.reason))
                 tally.reasons[kind] = tally.reasons.get(kind, 0) + 1
@@ -198,7 +200,8 @@ def _plain(result: ItemResult, images: _Images) -> Iterator[dict[str, Any]]:
 
 
 def _failure(failure: Failure, source: str) -> dict[str, Any]:
-    return {"item": failure.item, "task": failure.task, "reason": failure.reason, "source": source}
+    about = {"item": failure.item, "task": failure.task, "reason": failure.reason, "source": source}
+    return {**about, "passing": True} if failure.passing else about
 
 
 @contextlib.contextmanager

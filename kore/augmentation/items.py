@@ -19,6 +19,7 @@ from kore.data.rows import Row
 from kore.data.types import IMAGE_MARK, BadRow
 from kore.errors import ConfigError, DataError
 from kore.fetch import image_size, resolve_image
+from kore.pipeline.stage import counted
 
 _log = logging.getLogger(__name__)
 
@@ -264,6 +265,6 @@ def _report(bad: Mapping[int, BadRow], on_bad_row: str) -> None:
         return
     first = next(iter(bad.values()))
     if on_bad_row == "fail":
-        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
+        more = f" (and {counted(len(bad) - 1, 'more bad row')})" if len(bad) > 1 else ""
         raise DataError(f"{first}{more}; on_bad_row='skip' leaves bad rows out")
-    _log.warning("%d bad rows left out; the first: %s", len(bad), first)
+    _log.warning("%s left out; the first: %s", counted(len(bad), "bad row"), first)

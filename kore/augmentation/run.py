@@ -46,6 +46,7 @@ class Summary:
         turns: Questions with answers by task.
         images: Images of the result.
         failures: Failures by task and kind of reason; each is in ``failures.jsonl``.
+        passing: How many of these come from a service that did not answer; the next run tries them again.
         bad_rows: Rows that were left out.
         image_problems: Images that could not be had in this run, the samples being made without them.
         accounting: Requests, tokens and cost of this run.
@@ -60,6 +61,7 @@ class Summary:
     turns: dict[str, int]
     images: int
     failures: dict[tuple[str, str], int]
+    passing: int
     bad_rows: int
     image_problems: int
     accounting: dict[str, Any]
@@ -137,6 +139,7 @@ def augment(
             turns=tally.turns,
             images=tally.images,
             failures=tally.reasons,
+            passing=tally.passing,
             bad_rows=len(items.bad_rows),
             image_problems=len(problems),
             accounting=shop.accounting.summary(),
@@ -239,6 +242,7 @@ def _write(items: Knowledge, keys: Sequence[bytes], shop: Workshop, out: Path) -
         "turns": tally.turns,
         "images": tally.images,
         "failures": tally.failures,
+        "passing_failures": tally.passing,
         "quality": None if page is None else page.relative_to(out).as_posix(),
     }
     write_manifest(out, KIND, fields, files)

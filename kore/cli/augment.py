@@ -149,7 +149,7 @@ def show_summary(summary: Summary) -> None:
     from rich.table import Table
 
     from kore.augmentation.export import FAILURES
-    from kore.pipeline.stage import duration
+    from kore.pipeline.stage import counted, duration
 
     table = Table(box=SIMPLE_HEAD)
     table.add_column("task")
@@ -165,26 +165,36 @@ def show_summary(summary: Summary) -> None:
     spent = summary.accounting
     rate = f", {summary.items / summary.seconds:.1f} items/s" if summary.seconds >= 1 else ""
     done_before = f" ({summary.kept:,} of them done before)" if summary.kept else ""
-    console.say(f"{summary.items:,} items{done_before}, {summary.images:,} images in {duration(summary.seconds)}{rate}")
+    items, images = counted(summary.items, "item"), counted(summary.images, "image")
+    console.say(f"{items}{done_before}, {images} in {duration(summary.seconds)}{rate}")
     if spent["prompt_tokens"] or spent["cached"]:
-        tokens = f"{spent['prompt_tokens']:,} tokens asked, {spent['completion_tokens']:,} answered"
+        tokens = f"{counted(spent['prompt_tokens'], 'token')} asked, {spent['completion_tokens']:,} answered"
         cost = f", cost {spent['cost']:.4f}" if spent["cost"] else ""
-        console.say(f"{spent['requests']:,} requests, {spent['cached']:,} answers from the cache, {tokens}{cost}")
+        requests, cached = counted(spent["requests"], "request"), counted(spent["cached"], "answer")
+        console.say(f"{requests}, {cached} from the cache, {tokens}{cost}")
     for (task, reason), count in sorted(summary.failures.items(), key=lambda entry: -entry[1])[:8]:
         console.say(f"failed: {count:,} × {task}: {reason}")
     if summary.bad_rows:
-        console.say(f"left out: {summary.bad_rows:,} bad rows")
+        console.say(f"left out: {counted(summary.bad_rows, 'bad row')}")
     if summary.failures or summary.bad_rows:
         console.say(f"all failures: {summary.out / FAILURES}")
+    if summary.passing:
+        console.say(
+            f"{counted(summary.passing, 'failure')} may pass: the same command tries again, and only these items"
+        )
     if summary.image_problems:
-        console.say(f"{summary.image_problems:,} images could not be had; {summary.out / 'run.json'} says why")
+        images = counted(summary.image_problems, "image")
+        console.say(f"{images} could not be had; {summary.out / 'run.json'} says why")
 
 
 def _show_estimate(found: Estimate) -> None:
-    console.say(f"{found.items:,} items, {found.done:,} of them done; nothing was asked or written")
+    from kore.pipeline.stage import counted
+
+    console.say(f"{counted(found.items, 'item')}, {found.done:,} of them done; nothing was asked or written")
     console.say(f"requests: {found.requests:,}, of which the cache answers {found.cached:,}")
     console.say(f"tokens: about {found.prompt_tokens:,} asked and {found.completion_tokens:,} answered")
-    console.say(f"images: up to {found.searches:,} searches and {found.downloads:,} downloads")
+    searches = f"{found.searches:,} search" + ("" if found.searches == 1 else "es")
+    console.say(f"images: up to {searches} and {counted(found.downloads, 'download')}")
     cost = (
         "unknown; set generator.price_input and generator.price_output" if found.cost is None else f"{found.cost:.2f}"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from kore.artifacts import MANIFEST, file_sha256
 from kore.pipeline.config import AugmentSection
-from kore.pipeline.stage import directory_identity, model_identity
+from kore.pipeline.stage import counted, directory_identity, model_identity
 from kore.pipeline.workbench import Workbench
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,11 @@ _TRIFLES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class AugmentStage:
-    """Conversations, saved at ``output``. Answers and images are kept in ``cache``, also when settings change."""
+    """Conversations, saved at ``output``. Answers and images are kept in ``cache``, also when settings change.
+
+    The stage counts as done also where a service did not answer for some items: to try these again changes the data,
+    and with them everything after it, which is the user's choice.
+    """
 
     output: Path
     settings: AugmentSection
@@ -68,14 +72,15 @@ class AugmentStage:
         context.drop()
         made = augment(self.settings.knowledge, self.settings, self.output, progress=context.progress, cache=self.cache)
         context.forget()
-        words = f"{made.items:,} items, {sum(made.samples.values()):,} conversations, {made.images:,} images"
-        failures = sum(made.failures.values())
-        if not failures and not made.bad_rows:
-            return words
-        _log.warning(
-            "%d failures and %d bad rows; %s lists them", failures, made.bad_rows, self.output / "failures.jsonl"
-        )
-        return f"{words}, {failures:,} failures" + (f", {made.bad_rows:,} bad rows" if made.bad_rows else "")
+        made_of = (counted(made.items, "item"), counted(sum(made.samples.values()), "conversation"))
+        words = ", ".join((*made_of, counted(made.images, "image")))
+        lost = [counted(sum(made.failures.values()), "failure")] if made.failures else []
+        lost += [counted(made.bad_rows, "bad row")] if made.bad_rows else []
+        if lost:
+            _log.warning("%s; %s lists them", " and ".join(lost), self.output / "failures.jsonl")
+        if made.passing:
+            lost.append(f"{made.passing:,} of them where a service did not answer; --rerun {self.name} tries again")
+        return ", ".join((words, *lost))
 
 
 def _listing(path: Path) -> str:

@@ -33,7 +33,9 @@ def add_section(report: Any, out: Path) -> None:
     rows = [[task, made["samples"].get(task, 0), made["turns"].get(task, 0), failed[task]] for task in tasks]
     report.table(["task", "conversations", "questions", "failures"], rows)
     if reasons:
+        passing = made.get("passing_failures", 0)
+        again = f" Of these, {passing:,} may pass: kore run with --rerun augment tries them again." if passing else ""
         rows = [[task, reason, count] for (task, reason), count in reasons.most_common(_SHOWN)]
         report.table(
-            ["task", "reason", "failures"], rows, f"The commonest reasons; {out / FAILURES} has every failure."
+            ["task", "reason", "failures"], rows, f"The commonest reasons; {out / FAILURES} has every failure.{again}"
         )

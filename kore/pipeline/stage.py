@@ -234,3 +234,8 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 item, 2,000 items."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
