@@ -278,6 +278,8 @@ class TestWords:
         assert list(index.search("cafe ETE")) == [3]
         assert list(index.search("nothing like it")) == []
         assert list(index.search("")) == []
+        assert list(WordIndex([]).search("a house")) == []
+        assert list(WordIndex(["a fox", "two words of a fox", "a fox"]).search("fox")) == [0, 2, 1]
 
 
 class TestFolder:

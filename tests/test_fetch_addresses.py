@@ -13,7 +13,7 @@ PRIVATE = """
 172.31.255.255 192.0.0.8 192.0.2.1 192.88.99.1 192.168.1.1 198.18.0.1 198.51.100.7 203.0.113.9 224.0.0.1
 239.1.1.1 240.0.0.1 255.255.255.255 168.63.129.16 :: ::1 ::10.0.0.1 ::ffff:127.0.0.1 ::ffff:169.254.169.254
 64:ff9b::10.0.0.1 64:ff9b:1::8.8.8.8 100::1 2001::1 2001:db8::1 2002:7f00:1:: 2002:c0a8:101:: 3fff::1 5f00::1
-fc00::1 fd00:ec2::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1 2606:4700::5efe:10.0.0.1
+2606:4700::1%eth0 fc00::1 fd00:ec2::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1 2606:4700::5efe:10.0.0.1
 2606:4700:0:0:200:5efe:7f00:1 localhost 127.1 0x7f.0.0.1 2130706433 1.2.3.4.5
 """
 PUBLIC = """
@@ -114,6 +114,7 @@ def test_urls_in_messages_hold_no_query():
         "https://example.org:0/",
         "data:image/png;base64,secret",
         "javascript:secret()",
+        "https://example.org/" + "a" * 9000,
     ],
 )
 def test_malformed_urls_are_refused_and_not_quoted(url):

@@ -61,9 +61,10 @@ def test_loopback_is_refused_unless_it_is_asked_for(server):
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "169.254.169.254", "::1", "10.1.2.3", "::ffff:10.1.2.3"])
 def test_one_private_address_of_a_name_is_enough_to_refuse(address):
-    downloader = Downloader(Allowlist(("*",)), QUICK, resolve=lambda host, port: ["93.184.215.14", address])
-    with pytest.raises(Refused, match=f"pictures.example is at {address}"):
-        downloader.image("https://pictures.example/a.jpg")
+    for addresses in (["93.184.215.14", address], [address, "93.184.215.14"]):
+        downloader = Downloader(Allowlist(("*",)), QUICK, resolve=lambda host, port, found=addresses: found)
+        with pytest.raises(Refused, match=f"pictures.example is at {address}"):
+            downloader.image("https://pictures.example/a.jpg")
 
 
 def test_a_name_is_looked_up_once_and_the_connection_goes_to_what_was_checked(server, monkeypatch):
