@@ -1,9 +1,10 @@
 """The measures of knowledge injection: how much was learned, how much was kept, and both in one number.
 
-Text is compared after the normalisation of SQuAD, which EVOKE uses too: lower case, punctuation deleted, the articles
-a/an/the dropped, white space collapsed. Three details go beyond it, each because the plain rule gives wrong marks:
+Words are compared as EVOKE's published code does: F1 after the normalisation of SQuAD (lower case, punctuation deleted,
+the articles a/an/the dropped, white space collapsed), cover exact match after that of VQA (:mod:`kore.vqa`) or, if
+asked, of SQuAD. Three details go beyond both, each because the plain rule gives wrong marks:
 
-* Unicode punctuation (curly quotes, full-width marks) is deleted like ASCII punctuation.
+* Unicode punctuation (curly quotes, full-width marks) is treated like ASCII punctuation.
 * An answer that the rule would erase ("A" as a choice letter, "%") is compared by a milder rule instead: without
   dropping articles, then without deleting punctuation. An empty needle would be found in every haystack.
 * Chinese and Japanese characters count as one token each, since those scripts put no spaces between words.
@@ -18,6 +19,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from kore.vqa import normalize_vqa
+
+CemRule = Literal["vqa", "squad"]
+F1Rule = Literal["multiset", "set"]
+CEM_RULES: tuple[CemRule, ...] = ("vqa", "squad")
+F1_RULES: tuple[F1Rule, ...] = ("multiset", "set")
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f])")
@@ -45,8 +54,12 @@ def _mild(text: str) -> str:
     return _spaced(text.lower())
 
 
-def _normalizer_for(answer: str) -> Callable[[str], str]:
-    for normalizer in (normalize_answer, _without_punctuation):
+def _vqa(text: str) -> str:
+    return _spaced(normalize_vqa(text))
+
+
+def _normalizer_for(answer: str, first: Callable[[str], str] = normalize_answer) -> Callable[[str], str]:
+    for normalizer in (first, _without_punctuation):
         if normalizer(answer):
             return normalizer
     return _mild
@@ -59,28 +72,49 @@ def _accepted(answer: str | Iterable[str]) -> tuple[str, ...]:
     return answers
 
 
-def cover_exact_match(prediction: str, answer: str | Iterable[str]) -> int:
+def cover_exact_match(prediction: str, answer: str | Iterable[str], normalization: CemRule = "vqa") -> int:
     """1 if an accepted answer stands, whole words and in order, inside the prediction, else 0.
 
-    Whole words, so that "nine" is not found in "nineteen".
+    Whole words, so that "nine" is not found in "nineteen". ``"vqa"`` takes "9" for "nine" and finds "kestrel" in
+    "kestrel's"; ``"squad"`` does neither.
     """
+    first = _vqa if _chosen("normalization", normalization, CEM_RULES) == "vqa" else normalize_answer
     for one in _accepted(answer):
-        normalizer = _normalizer_for(one)
-        if f" {normalizer(one)} " in f" {normalizer(prediction)} ":
+        normalizer = _normalizer_for(one, first)
+        said, expected = normalizer(prediction), normalizer(one)
+        if first is _vqa:
+            # A sign at the edge of the answer, as in "20 %", needs no space beside it.
+            left, right = (r"(?<!\w)" if expected[0].isalnum() else "", r"(?!\w)" if expected[-1].isalnum() else "")
+            if re.search(left + re.escape(expected) + right, said):
+                return 1
+        elif f" {expected} " in f" {said} ":
             return 1
     return 0
 
 
-def _token_f1(prediction: str, answer: str) -> float:
+def _token_f1(prediction: str, answer: str, kind: F1Rule) -> float:
     normalizer = _normalizer_for(answer)
     said, expected = Counter(normalizer(prediction).split()), Counter(normalizer(answer).split())
+    if kind == "set":
+        said, expected = Counter(set(said)), Counter(set(expected))
     common = (said & expected).total()
     return 2 * common / (said.total() + expected.total())
 
 
-def f1(prediction: str, answer: str | Iterable[str]) -> float:
-    """Token-level F1 (bags of words) with the best of the accepted answers."""
-    return max(_token_f1(prediction, one) for one in _accepted(answer))
+def f1(prediction: str, answer: str | Iterable[str], kind: F1Rule = "multiset") -> float:
+    """Token-level F1 with the best of the accepted answers.
+
+    ``"multiset"`` counts a word as often as both say it, as EVOKE's code does; ``"set"`` counts it once, as the
+    formula of the paper is written, so that saying it again costs nothing.
+    """
+    kind = _chosen("kind", kind, F1_RULES)
+    return max(_token_f1(prediction, one, kind) for one in _accepted(answer))
+
+
+def _chosen(name: str, value: str, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
+    return value
 
 
 def knowledge_adaptation(cem: float, f1: float) -> float:

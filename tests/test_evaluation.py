@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kore.data import Encoder, Question
-from kore.errors import ArtifactError, DataError
-from kore.evaluation import EvalResult, Score, evaluate, load_result
+from kore.errors import ArtifactError, ConfigError, DataError
+from kore.evaluation import EvalResult, LeftOut, Measures, Score, evaluate, load_result
 from kore.models import language_model_linears, load_model
 from tests.tiny import save_tiny, tiny_conversations
 
@@ -140,3 +140,89 @@ def test_a_line_separator_inside_an_answer_stays_inside(tiny, questions, tmp_pat
     monkeypatch.setattr(type(encoder), "decode", lambda self, ids: "one\u2028two")
     result = evaluate(model, encoder, questions[:1], max_new_tokens=1, output=tmp_path, progress=False)
     assert isinstance(result, EvalResult) and load_result(tmp_path) == result
+
+
+def test_answers_of_processes_that_were_killed_are_taken_in(tiny, questions, tmp_path, monkeypatch):
+    """What processes 0 and 2 had written, the last line torn, and one line of nonsense."""
+    model, encoder, _ = tiny
+    whole = evaluate(model, encoder, questions, max_new_tokens=3, output=tmp_path, progress=False)
+    files = {name: (tmp_path / name).read_bytes() for name in ("answers.jsonl", "scores.json")}
+    lines = files["answers.jsonl"].decode().split("\n")
+    (tmp_path / "scores.json").unlink()
+    (tmp_path / "answers.jsonl").write_text("\n".join([lines[4], '{"index": "x"}', lines[1][:-9]]))
+    (tmp_path / "answers.2.jsonl").write_text("\n".join([lines[0], lines[4], lines[3], ""]))
+    asked = []
+    encode = type(encoder).encode
+    monkeypatch.setattr(type(encoder), "encode", lambda self, c, **k: asked.append(c.id) or encode(self, c, **k))
+    assert evaluate(model, encoder, questions, max_new_tokens=3, output=tmp_path, progress=False) == whole
+    assert sorted(asked) == ["i1", "i2"]
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+    assert not (tmp_path / "answers.2.jsonl").exists()
+
+
+def test_other_measures_mark_the_kept_answers_anew(tiny, questions, tmp_path, monkeypatch):
+    model, encoder, _ = tiny
+    monkeypatch.setattr(type(encoder), "decode", lambda self, ids: "one one red")
+    asked = [replace(questions[0], answer="1 red")]
+    first = evaluate(model, encoder, asked, max_new_tokens=1, output=tmp_path, progress=False)
+    assert (first.overall.cem, first.overall.f1) == (100, pytest.approx(40)) and first.measures == Measures()
+    monkeypatch.setattr(type(encoder), "encode", None)
+    options = {"max_new_tokens": 1, "output": tmp_path, "progress": False}
+    second = evaluate(model, encoder, asked, **options, cem="squad", f1="set")
+    assert (second.overall.cem, second.overall.f1) == (0, pytest.approx(50))
+    assert second == load_result(tmp_path) and second.measures == Measures("squad", "set")
+    assert json.loads((tmp_path / "scores.json").read_text())["measures"] == {"cem": "squad", "f1": "set"}
+    with pytest.raises(ConfigError, match="f1: expected multiset or set, got 'bag'"):
+        evaluate(model, encoder, asked, f1="bag")
+
+
+def test_scores_come_with_intervals_by_type(tiny, questions, tmp_path, monkeypatch):
+    from scipy.stats import binomtest
+
+    model, encoder, _ = tiny
+    said = iter(["red", "blue", "red", "no", "mira"])
+    monkeypatch.setattr(type(encoder), "decode", lambda self, ids: next(said))
+    evaluate(model, encoder, questions, batch_size=5, max_new_tokens=1, output=tmp_path, progress=False)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    image = scores["by_type"]["image"]
+    wilson = binomtest(2, 4).proportion_ci(method="wilson")
+    assert image["count"] == 4 and image["cem"] == 50
+    assert image["intervals"]["cem"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
+    for score in (scores["overall"], *scores["by_type"].values()):
+        for measure, (low, high) in score["intervals"].items():
+            assert 0 <= low <= score[measure] + 1e-9 and score[measure] - 1e-9 <= high <= 100
+    assert image["intervals"]["f1"] == [0, 100]
+
+
+def test_a_question_that_cannot_be_asked_is_named_or_left_out(tiny, questions, tmp_path):
+    model, encoder, images = tiny
+    (tmp_path / "cut.png").write_bytes((images / "0.png").read_bytes()[:60])
+    broken = Question("broken", tmp_path / "cut.png", "What?", "red", "image", source="q.jsonl:7")
+    long = Question("long", None, "word " * 600, "red", "text", source="q.jsonl:8")
+    options = {"max_new_tokens": 2, "output": tmp_path / "out", "progress": False}
+    with pytest.raises(DataError, match=r"q\.jsonl:7: image .*cut\.png cannot be decoded .* with skip"):
+        evaluate(model, encoder, [*questions, broken], **options)
+    with pytest.raises(DataError, match=r"q\.jsonl:8: the prompt has \d{3,} tokens and the answer up to 2, .* 512"):
+        evaluate(model, encoder, [*questions, long], **options)
+    result = evaluate(model, encoder, [*questions, broken, long], **options, on_bad_question="skip")
+    assert result.overall.count == 5 and [one.question_id for one in result.left_out] == ["broken", "long"]
+    assert isinstance(result.left_out[0], LeftOut) and "cut.png" in result.left_out[0].reason
+    assert load_result(tmp_path / "out") == result
+    with pytest.raises(DataError, match=r"no question could be asked; the first problem: q\.jsonl:8"):
+        evaluate(model, encoder, [long], progress=False, on_bad_question="skip")
+
+
+def test_a_prompt_that_the_encoder_would_cut_is_refused(tiny, questions):
+    model, encoder, _ = tiny
+    short = Encoder(encoder.tokenizer, encoder.vision.image_processor, encoder.model_config, max_length=20)
+    with pytest.raises(DataError, match=r"the prompt has \d\d tokens, the encoder's max_length is 20"):
+        evaluate(model, short, questions, max_new_tokens=2, progress=False)
+
+
+def test_a_result_without_measures_was_marked_as_before_there_were_any(tiny, questions, tmp_path):
+    model, encoder, _ = tiny
+    evaluate(model, encoder, questions, max_new_tokens=1, output=tmp_path, progress=False)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    del scores["measures"]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    assert load_result(tmp_path).measures == Measures("squad", "multiset")

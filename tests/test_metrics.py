@@ -71,8 +71,60 @@ def test_hars_refuses_impossible_scores(bad):
         ("首都是南京。", "北京", 0),
     ],
 )
-def test_cover_exact_match(prediction, answer, expected):
-    assert metrics.cover_exact_match(prediction, answer) == expected
+@pytest.mark.parametrize("normalization", metrics.CEM_RULES)
+def test_cover_exact_match(prediction, answer, expected, normalization):
+    assert metrics.cover_exact_match(prediction, answer, normalization) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "vqa", "squad"),
+    [
+        ("He has 9.", "nine", 1, 0),  # numbers to ten
+        ("It is the kestrel's nest", "kestrel", 1, 0),  # apostrophes stay, and end a word
+        ("red/blue", "blue", 1, 0),  # a mark between letters parts words
+        ("a well-known man", "well known", 1, 0),
+        ("It costs 10,000 (about).", "10000", 1, 1),
+        ("3.5", "35", 0, 1),  # a decimal point stays
+        ("He said: dont go", "don't", 1, 1),
+        ("20%", "%", 1, 0),  # no word, so nothing need part it
+        ("eighteen", "eight", 0, 0),
+        ("It’s blue", "it's blue", 1, 1),
+        ("red；blue", "blue", 1, 0),
+        ("ten of them", "10", 1, 0),
+    ],
+)
+def test_the_two_normalisations_of_cover_exact_match(prediction, answer, vqa, squad):
+    assert metrics.cover_exact_match(prediction, answer) == metrics.cover_exact_match(prediction, answer, "vqa") == vqa
+    assert metrics.cover_exact_match(prediction, answer, "squad") == squad
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The U.S. Army, Inc.", "us army inc"),
+        ("version 3.5", "version 3.5"),
+        ("state-of-the-art", "state of art"),
+        ("- a dash - here", "dash here"),
+        ("one/two 1,000", "onetwo 1000"),
+        ("None of  the\nTHREE", "0 of 3"),
+        ("youve  isnt o'clock", "you've isn't o'clock"),
+        ("time: 3 o'clock", "time: 3 o'clock"),
+    ],
+)
+def test_vqa_normalisation(text, expected):
+    from kore.vqa import normalize_vqa
+
+    assert normalize_vqa(text) == expected
+
+
+def test_f1_of_sets_counts_a_word_once():
+    assert metrics.f1("cat cat cat", "cat", "set") == 1.0 and metrics.f1("cat cat cat", "cat") == 0.5
+    assert metrics.f1("new york new", "york new york", "set") == 1.0
+    assert metrics.f1("new york new", "york new york") == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="kind: expected multiset or set, got 'bag'"):
+        metrics.f1("a", "b", "bag")
+    with pytest.raises(ValueError, match="normalization: expected vqa or squad"):
+        metrics.cover_exact_match("a", "b", "none")
 
 
 @pytest.mark.parametrize(

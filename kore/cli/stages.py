@@ -25,7 +25,7 @@ RecipeName = Annotated[
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
-TOGETHER = {"capture": "capture", "capture-gradients": "capture", "init": "init"}
+_METHODS = "kore, lora, random-a, lora-null-v1, lora-null-v2, replay"  # not imported: help must come at once
 
 
 def capture(
@@ -95,7 +95,7 @@ def init(
     group: Annotated[
         list[str] | None, typer.Option(help="Take only this group of a balanced capture; repeatable.")
     ] = None,
-    method: Annotated[str, typer.Option(help="kore, lora, random-a, lora-null-v1 or lora-null-v2.")] = "kore",
+    method: Annotated[str, typer.Option(help=f"{_METHODS}.")] = "kore",
     recipe: RecipeName = None,
     rank: Annotated[
         str | None, typer.Option(help="A number (by default 64), match-lora-R (the size of LoRA rank R), or energy:τ.")
@@ -152,7 +152,10 @@ def train(
     ] = None,
     old: Annotated[
         list[Path] | None,
-        typer.Option(help="Old conversations, for the methods that train on them or look at them; repeatable."),
+        typer.Option(
+            help="Old conversations, for the methods that train on them or look at them; repeatable. "
+            "Their images: --set old.image_root=DIR."
+        ),
     ] = None,
     protection_strength: Annotated[str | None, typer.Option(help="λ of the penalty, or auto (by default).")] = None,
     recipe: RecipeName = None,
@@ -276,11 +279,6 @@ def _run(stage: Any, model: Any) -> None:
     from kore.processes import process_count
 
     if process_count() > 1:
-        if stage.name not in TOGETHER:
-            raise ConfigError(
-                f"{stage.name}: runs in one process, torchrun started {process_count()}; start it without torchrun. "
-                f"Commands for several processes: {', '.join(dict.fromkeys(TOGETHER.values()))}, train"
-            )
         from kore.pipeline.together import run_together
 
         run_together(stage, Workbench(model, console.interactive()), console.stage)

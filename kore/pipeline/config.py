@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from kore.augmentation.config import AugmentConfig
+from kore.metrics import CemRule, F1Rule
 from kore.recipes import RECIPES, SECTIONS, describe, with_recipe
 from kore.sizes import parse_bytes
 from kore.training import TrainConfig
@@ -319,7 +320,12 @@ class EvalSection(Section):
     old: QuestionSets = []
     max_new_tokens: int = Field(default=32, ge=1)
     batch_size: int = Field(default=8, ge=1)
+    cem: CemRule = "vqa"
+    """How texts are compared for CEM: after the normalisation of VQA, as EVOKE does, or of SQuAD."""
+    f1: F1Rule = "multiset"
+    """Words counted as often as said, as in EVOKE's code, or once ("set"), as in the paper's formula."""
     on_bad_row: OnBadRow = "fail"
+    """"skip" leaves out bad rows, images that cannot be read and prompts that are too long for the model."""
 
     @model_validator(mode="after")
     def _distinct(self) -> EvalSection:

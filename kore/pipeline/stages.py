@@ -26,6 +26,7 @@ from kore.pipeline.workbench import Workbench
 from kore.processes import is_main_process, process_count
 
 if TYPE_CHECKING:
+    from kore.evaluation import EvalResult
     from kore.baselines import Baseline
     from kore.covariance import CovarianceSet
     from kore.protection import TwoSided
@@ -254,7 +255,12 @@ class EvalStage:
         return {**model_inputs(self.model), **adapter, **full, **asked, **tokens}
 
     def complete(self) -> bool:
-        return (self.output / "scores.json").is_file()
+        """Whether the scores are there, by the measures that are asked for: others need no new answers."""
+        file = self.output / "scores.json"
+        return file.is_file() and read_json(file).get("measures") == self._measures()
+
+    def _measures(self) -> dict[str, str]:
+        return {"cem": self.settings.cem, "f1": self.settings.f1}
 
     def check(self, context: Workbench) -> None:
         for _, questions in self._sets():
@@ -267,12 +273,14 @@ class EvalStage:
 
     def run(self, context: Workbench) -> str:
         from kore.evaluation import evaluate
+        from kore.evaluation.summary import Run, summarize
 
         if self.adapter is not None:
             model = context.adapted(self.adapter)
         else:
             model = context.base(self.full_model)
-        scores: dict[str, Any] = {"new": {}, "old": {}}
+        scores: dict[str, Any] = {"measures": self._measures(), "new": {}, "old": {}}
+        results: dict[str, dict[str, EvalResult]] = {"new": {}, "old": {}}
         for group, questions in self._sets():
             result = evaluate(
                 model,
@@ -282,12 +290,19 @@ class EvalStage:
                 max_new_tokens=self.settings.max_new_tokens,
                 output=self.output / group / questions.name,
                 progress=context.progress,
+                cem=self.settings.cem,
+                f1=self.settings.f1,
+                on_bad_question=self.settings.on_bad_row,
             )
+            results[group][questions.name] = result
             scores[group][questions.name] = {**result.scores(), "mean": result.overall.mean}
         scores |= summary(scores)
-        atomic_write(self.output / "scores.json", json.dumps(scores, indent=2) + "\n")
-        asked = sum(result["overall"]["count"] for group in ("new", "old") for result in scores[group].values())
-        measures = [f"{label} {scores[key]:.2f}" for key, label in _MEASURES if scores[key] is not None]
+        found = summarize([Run(**results)])
+        scores["intervals"] = {key: [found[m].low, found[m].high] if m in found else None for key, m in _MEASURES}
+        if is_main_process():
+            atomic_write(self.output / "scores.json", json.dumps(scores, indent=2) + "\n")
+        asked = sum(result.overall.count for group in results.values() for result in group.values())
+        measures = [f"{measure} {found[measure]:.2f}" for _, measure in _MEASURES if measure in found]
         return ", ".join([f"{asked} questions", *measures])
 
     def _sets(self) -> list[tuple[str, QuestionSet]]:
