@@ -34,6 +34,8 @@ class Start:
         batch_size: Examples of one forward pass.
         folder: A folder of the run for what the penalty keeps; it goes when the run is begun anew.
         untouched_loss: Gives the mean loss of the untouched model on the new answer tokens; call it in every process.
+        seed: Of what the penalty draws at random.
+        on_bad_row: What to do with old examples that cannot be encoded, "fail" or "skip".
     """
 
     model: Any
@@ -42,6 +44,8 @@ class Start:
     batch_size: int
     folder: Path
     untouched_loss: Callable[[], float]
+    seed: int = 0
+    on_bad_row: str = "fail"
 
     def kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the JSON file ``name`` in the folder holds, the same in every process and in every resumed run.

@@ -16,6 +16,7 @@ from kore.baselines.base import Baseline, Preparation
 from kore.baselines.full import FullFineTuning
 from kore.baselines.lora import LoRA
 from kore.baselines.null_space import Kore, LoRANull1, LoRANull2, RandomA
+from kore.baselines.replay import Replay
 from kore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["BASELINES", "METHODS", "NULL_SPACE", "Baseline", "Preparation", "baseline", "baseline_of", "prepare_model"]
 
 BASELINES: Mapping[str, type[Baseline]] = MappingProxyType(
-    {kind.method: kind for kind in (Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2)}
+    {kind.method: kind for kind in (Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2, Replay)}
 )
 METHODS = tuple(BASELINES)
 NULL_SPACE = tuple(name for name, kind in BASELINES.items() if kind.reads_covariance)

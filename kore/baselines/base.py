@@ -56,6 +56,7 @@ class Baseline:
 
     Attributes:
         method: Its name.
+        title: Its name in reports.
         source: Where it is from.
         reads_covariance: Whether :meth:`prepare` needs the covariance of old inputs.
         reads_old: Whether :meth:`conversations` or :meth:`penalty` need old conversations with answers.
@@ -64,6 +65,7 @@ class Baseline:
     """
 
     method: ClassVar[str]
+    title: ClassVar[str]
     source: ClassVar[str]
     reads_covariance: ClassVar[bool] = False
     reads_old: ClassVar[bool] = False
@@ -113,7 +115,9 @@ class Baseline:
     def check_old(self, old: Sequence[Conversation]) -> None:
         """Raise ConfigError where old conversations are needed and missing."""
         if self.reads_old and not old:
-            raise ConfigError(f"old: method {self.method} needs old conversations with answers; add old.files")
+            raise ConfigError(
+                f"old: method {self.method} needs old conversations with answers; add old.files (kore train: --old)"
+            )
 
     def describe(self) -> Mapping[str, Any]:
         """The options as ``kore.json`` holds them; nothing where the method has none."""

@@ -15,6 +15,7 @@ class FullFineTuning(Baseline):
     """Trains the language model with its embeddings and output head, and the projector; of a text-only model all."""
 
     method = "full"
+    title = "Full fine-tuning"
     source = "LLaVA's second stage (Liu et al. 2023, arXiv 2304.08485)"
     in_full = True
 

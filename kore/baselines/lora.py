@@ -15,6 +15,7 @@ class LoRA(Baseline):
     """A and B of a LoRA without dropout, A by PEFT's rule, ``lora_alpha`` 2 · rank unless given."""
 
     method = "lora"
+    title = "LoRA"
     source = "Hu et al. 2022, arXiv 2106.09685"
 
     def prepare(self, model: nn.Module, how: Preparation) -> nn.Module:

@@ -15,6 +15,7 @@ class RandomA(Baseline):
     """B; A is frozen in a random subspace, its scale computed as KORE's: KORE without its constraint."""
 
     method = "random-a"
+    title = "Random frozen A"
     source = "LoRA-FA (Zhang et al. 2023, arXiv 2308.03303), and KORE's ablation (arXiv 2510.19316)"
     trains_a = False
 
@@ -45,6 +46,7 @@ class Kore(RandomA):
     """B; A is frozen in the null space of the old inputs. With ``train_a`` both, from the paper's A0 and B0."""
 
     method = "kore"
+    title = "KORE"
     source = "arXiv 2510.19316, section 3.2"
     reads_covariance = True
 
@@ -61,6 +63,7 @@ class LoRANull1(Kore):
     """
 
     method = "lora-null-v1"
+    title = "LoRA-Null v1"
     source = "Tang et al. 2025, arXiv 2503.02659"
     trains_a = True
 
@@ -69,4 +72,5 @@ class LoRANull2(LoRANull1):
     """B; the adapter of ``kore``, to the bit. See :class:`LoRANull1`."""
 
     method = "lora-null-v2"
+    title = "LoRA-Null v2"
     trains_a = False

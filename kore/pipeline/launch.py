@@ -52,7 +52,7 @@ def train_command(stage: TrainStage) -> list[str]:
     if stage.old is not None:
         for file in stage.old.files:
             command += ["--old", str(file)]
-        for key, value in stage.old.model_dump(mode="json", exclude={"files", "max_samples"}).items():
+        for key, value in stage.old.model_dump(mode="json", exclude={"files"}).items():
             if value is not None:
                 command += ["--set", f"old.{key}={_yaml(value)}"]
     if stage.recipe is not None:

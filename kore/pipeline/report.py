@@ -19,14 +19,6 @@ _log = logging.getLogger(__name__)
 _SAMPLES_PER_SET = 4
 _LARGEST_SPECTRUM = 4608
 _PANELS = 4
-_METHODS = {
-    "kore": "KORE",
-    "lora": "LoRA",
-    "full": "Full fine-tuning",
-    "random-a": "Random frozen A",
-    "lora-null-v1": "LoRA-Null v1",
-    "lora-null-v2": "LoRA-Null v2",
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ def write_report(config: RunConfig, path: Path, context: Workbench | None = None
 
 
 def _method(adapter: AdapterSection) -> str:
-    words = [_METHODS[adapter.method]]
+    words = [adapter.baseline().title]
     if adapter.train_a:
         words.append("A trained")
     if adapter.strength != 1:

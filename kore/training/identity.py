@@ -29,13 +29,14 @@ def run_identity(
     return {
         "config": config.identity(),
         "processes": processes,
-        "data": _hash_data(conversations, encoder),
+        "data": hash_data(conversations, encoder),
         "model": model_fingerprint(model),
         "start": _hash_trained(model),
     }
 
 
-def _hash_data(conversations: Sequence[Conversation], encoder: Encoder) -> str:
+def hash_data(conversations: Sequence[Conversation], encoder: Encoder) -> str:
+    """Tells these conversations, as the encoder shows them to the model, from others."""
     digest = hashlib.sha256(str(encoder.chat_template).encode())
     for item in conversations:
         images = [(path.name, path.stat().st_size) for path in item.images]

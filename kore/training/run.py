@@ -134,7 +134,18 @@ def train(
     _barrier()
     if penalty is not None:
         untouched = partial(untouched_loss, model, encoder, examples, config.batch_size)
-        penalty.begin(Start(model, encoder, examples, config.batch_size, output_dir / PENALTY, untouched))
+        penalty.begin(
+            Start(
+                model,
+                encoder,
+                examples,
+                config.batch_size,
+                output_dir / PENALTY,
+                untouched,
+                config.seed,
+                config.on_bad_row,
+            )
+        )
     mark(model, recipe, train=config, protection=penalty if isinstance(penalty, TwoSided) else None)
     result.history = _fit(model, encoder, examples, config, arguments, result, checkpoint, penalty)
     return result
