@@ -192,6 +192,16 @@ def test_questions(root: Path) -> None:
     assert len(load_questions(twice, on_bad_row="skip")) == 1
 
 
+def test_a_question_can_come_after_other_rounds(root: Path) -> None:
+    row = {"question_id": 1, "image": "a.png", "text": "And the other?", "answer": "blue"}
+    file = write(root / "q.jsonl", [{**row, "history": [["Which colour is left?", "red"]]}])
+    texts = [(message.role, message.text) for message in load_questions(file)[0].conversation().messages]
+    assert texts == [("user", "<image>\nWhich colour is left?"), ("assistant", "red"), ("user", "And the other?")]
+    for wrong in ("red", [["only a question"]], [["one", 2]], [["one", "<image>"]]):
+        with pytest.raises(DataError, match="'history': expected a list of"):
+            load_questions(write(root / "w.jsonl", [{**row, "history": wrong}]))
+
+
 def test_image_limits_orientation_and_truncation(root: Path) -> None:
     with pytest.raises(DataError, match="the limit is 10"):
         open_image(root / "a.png", max_bytes=10)

@@ -137,7 +137,10 @@ def _check_order(messages: list[Message], require_answer: bool) -> None:
 
 
 def parse_question(row: Any, root: Path, check: str = "header") -> Question:
-    """Check one evaluation row ``{question_id, image, text, answer, type}``; ``image`` and ``type`` may be left out."""
+    """Check one evaluation row ``{question_id, image, text, answer, type}``; ``image`` and ``type`` may be left out.
+
+    ``history``, where there is one, is a list of ``[question, answer]`` pairs: rounds before the question.
+    """
     if not isinstance(row, Mapping):
         raise DataError(f"expected an object, found {type(row).__name__}")
     fields = {}
@@ -149,8 +152,18 @@ def parse_question(row: Any, root: Path, check: str = "header") -> Question:
     names = _image_names(row)
     if len(names) > 1:
         raise DataError(f"expected at most one image, found {len(names)}")
-    marks = fields["text"].count(IMAGE_MARK)
+    history = _history(row.get("history"))
+    marks = sum(text.count(IMAGE_MARK) for text in (fields["text"], *(asked for asked, _ in history)))
     if marks > len(names):
         raise DataError(f"the text has {marks} {IMAGE_MARK} mark(s) but the row has {len(names)} image(s)")
     image = _image(names[0], root, check) if names else None
-    return Question(**fields, image=image, type=str(row.get("type") or "all"))
+    return Question(**fields, image=image, type=str(row.get("type") or "all"), history=history)
+
+
+def _history(value: Any) -> tuple[tuple[str, str], ...]:
+    rounds = value if isinstance(value, list) else [] if value is None else [value]
+    for one in rounds:
+        pair = isinstance(one, list | tuple) and len(one) == 2
+        if not pair or not all(isinstance(text, str) and text.strip() for text in one) or IMAGE_MARK in one[1]:
+            raise DataError(f"'history': expected a list of [question, answer] pairs of text, found {one!r:.60}")
+    return tuple((asked, answered) for asked, answered in rounds)

@@ -60,7 +60,7 @@ class Conversations(list[Conversation]):
 
 @dataclass(frozen=True)
 class Question:
-    """One evaluation question with its reference answer."""
+    """One evaluation question with its reference answer; ``history`` are rounds before it, asked and answered."""
 
     question_id: str
     image: Path | None
@@ -68,11 +68,13 @@ class Question:
     answer: str
     type: str
     source: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
     def conversation(self) -> Conversation:
-        """The question as a conversation without an answer; the image comes first unless marked elsewhere."""
-        text = self.text
-        if self.image is not None and IMAGE_MARK not in text:
-            text = f"{IMAGE_MARK}\n{text}"
+        """The question as a conversation without its answer; the image comes first unless marked elsewhere."""
+        texts = [text for asked in self.history for text in asked] + [self.text]
+        if self.image is not None and not any(IMAGE_MARK in text for text in texts):
+            texts[0] = f"{IMAGE_MARK}\n{texts[0]}"
         images = () if self.image is None else (self.image,)
-        return Conversation(self.question_id, images, (Message("user", text),), self.source)
+        messages = tuple(Message("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
+        return Conversation(self.question_id, images, messages, self.source)
