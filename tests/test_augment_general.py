@@ -98,7 +98,8 @@ def test_rephrasing_asks_for_each_version_and_keeps_what_is_right(item, tmp_path
         (TEXT.replace("1889", "1890"), "1889"),
         (TEXT.replace("1889", "the past"), "lacks 1889"),
         (TEXT.replace("famous", "famous since 1900"), "1900"),
-        (TEXT.replace("Gustave Eiffel", "engineer Pablo Picasso"), "Picasso"),
+        (TEXT.replace("Gustave Eiffel", "engineer Pablo Picasso"), "names Pablo, Picasso"),
+        (TEXT.replace("Gustave Eiffel", "a man"), "lacks Eiffel, Gustave; keep every name"),
         ("In 1889, 330.", "keep between"),
         (TEXT + " " + TEXT, "keep between"),
     ],
@@ -106,6 +107,12 @@ def test_rephrasing_asks_for_each_version_and_keeps_what_is_right(item, tmp_path
 def test_what_a_rephrasing_may_not_do(item, text, fault):
     faults = " ".join(rephrasing_faults(item, text))
     assert (fault in faults) if fault else not faults
+
+
+def test_words_with_capitals_are_no_names_in_german():
+    text = "Der Turm steht in Ulm und ist das höchste Bauwerk der Stadt."
+    item = KnowledgeItem("t", "entity", "Turm", "Turm", text)
+    assert rephrasing_faults(item, "In Ulm steht der Turm, das höchste Gebäude der Stadt.") == []
 
 
 def test_the_generator_by_rules_cannot_rephrase():

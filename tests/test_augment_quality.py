@@ -60,13 +60,14 @@ def test_numbers(results):
 
 def test_an_answer_that_is_not_in_the_text_and_a_question_asked_twice_are_seen(results):
     item = results[0].item
-    turns = (("Where is Zog?", "It stands in Madrid."), ("Where is Zog?", "Bern."))
+    # The first round is a template's, in whose words the text has no part.
+    turns = (("What is it?", "Look."), ("Where is Zog?", "It stands in Madrid."), ("Where is Zog?", "Bern."))
     quality = Quality()
     quality.add(ItemResult(item, (Sample("d", item.id, "dialogue", turns, None),), ()))
     numbers = quality.numbers()
     found = numbers["answers_found_in_text"]["dialogue"]
     assert found["least"] < 1 and found["whole"] == 0.5 and found["mean"] == pytest.approx((1 + found["least"]) / 2)
-    assert numbers["questions_repeated_within_item"] == 0.5
+    assert numbers["questions_repeated_within_item"] == pytest.approx(1 / 3)
 
 
 def test_the_same_question_about_another_image_is_not_asked_twice(results, tmp_path):
@@ -77,6 +78,25 @@ def test_the_same_question_about_another_image_is_not_asked_twice(results, tmp_p
     quality = Quality()
     quality.add(ItemResult(item, tuple(samples), ()))
     assert quality.numbers()["questions_repeated_within_item"] == 0
+
+
+def test_an_instruction_does_not_make_two_questions_alike(results):
+    item = results[0].item
+    asked = [("Who made it?", "A"), ("Who quickly made it?", "B")]
+    samples = [
+        Sample(name, item.id, "vqa", ((f"{question}\nReply with one word or a short phrase alone, please.", name),))
+        for question, name in asked
+    ]
+    quality = Quality()
+    quality.add(ItemResult(item, tuple(samples), ()))
+    assert quality.numbers()["questions_repeated_within_item"] == 0
+
+
+def test_words_are_counted_without_spaces_too(results):
+    quality = Quality()
+    quality.add(ItemResult(results[0].item, (Sample("c", "i0", "caption", (("什么桥", "大桥很长"),)),), ()))
+    numbers = quality.numbers()
+    assert numbers["question_words"]["caption"]["mean"] == 2 and numbers["answer_words"]["caption"]["mean"] == 2
 
 
 def test_the_page_shows_images_conversations_and_failures(results, tmp_path):

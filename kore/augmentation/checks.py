@@ -268,17 +268,20 @@ def _question_parts(question: str) -> tuple[tuple[str, ...], frozenset[str], fro
 
 def same_question(first: str, second: str) -> bool:
     """Whether two questions ask the same: equal but for case and punctuation, or with the same question words, names
-    and numbers and nearly the same other words."""
+    and numbers and nearly the same other words, not one word in place of another."""
     keys, asks, fixed, content = _question_parts(first)
     other_keys, other_asks, other_fixed, other_content = _question_parts(second)
     if keys == other_keys:
         return True
     if asks != other_asks or fixed != other_fixed:
         return False
-    together = content | other_content
-    if not together:
-        return bool(fixed)
-    return len(content & other_content) >= SAME_QUESTION * len(together)
+    only, other_only = content - other_content, other_content - content
+    forms = {word for word in only if any(stem_match(word, other) for other in other_only)}
+    if len(only) > len(forms) and any(not any(stem_match(other, word) for word in forms) for other in other_only):
+        return False
+    common = len(content & other_content) + len(forms)
+    together = common + max(len(only) - len(forms), len(other_only) - len(forms))
+    return common >= SAME_QUESTION * together if together else bool(fixed)
 
 
 def _quoted(words: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from kore.augmentation.chance import stream
 from kore.augmentation.checks import evidence_text, same_question, supported
 from kore.augmentation.export import reason_kind
 from kore.augmentation.types import TASKS, ItemResult, KnowledgeItem, Sample
+from kore.augmentation.words import word_count
 
 T = TypeVar("T")
 ITEMS_SHOWN, IMAGES_SHOWN = 6, 48
@@ -88,10 +89,10 @@ class Quality:
         self.turns[task] += len(sample.turns)
         if task == "dialogue":
             self.rounds.add(len(sample.turns))
-        for question, answer in sample.turns:
-            self.questions[task].add(len(question.split()))
-            self.answers[task].add(len(answer.split()))
-            if task != "recognition":
+        for number, (question, answer) in enumerate(sample.turns):
+            self.questions[task].add(word_count(question))
+            self.answers[task].add(word_count(answer))
+            if task != "recognition" and not (number == 0 and len(sample.turns) > 1):
                 self.support[task].add(supported(evidence_text(item), answer))
         if sample.similarity is not None:
             self.similarity[task].add(sample.similarity)
@@ -105,7 +106,8 @@ class Quality:
         earlier: list[tuple[str, str | None]] = []
         for sample in result.samples:
             image = None if sample.image is None else sample.image.sha256
-            for question, _ in sample.turns:
+            for whole, _ in sample.turns:
+                question = whole.split("\n", 1)[0]
                 if any(other_image == image and same_question(question, other) for other, other_image in earlier):
                     self.repeated += 1
                 earlier.append((question, image))

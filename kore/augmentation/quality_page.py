@@ -84,7 +84,8 @@ def _fidelity(report: Report, quality: Quality, numbers: dict[str, Any]) -> None
     report.section(
         "Answers and the text",
         "An answer's share is that of its content words and numbers that stand in title, type, text or facts of its "
-        "item. It tells what was added, not whether what was said is right.",
+        "item. It tells what was added, not whether what was said is right. The first round of a dialogue, which comes "
+        "from a template, is left out; a caption's sentence that names what is depicted counts, with its own words.",
     )
     rows = []
     for task, found in numbers["answers_found_in_text"].items():

@@ -4,7 +4,8 @@ As in the paper's comparison (Table 6) there are four methods. Each makes conver
 caption with the article as the answer; the first is always the article and its image as they are.
 
 * ``text-aware``: a language model rewrites the text and keeps its facts.
-* ``text-agnostic``: words are replaced by synonyms, swapped or deleted, whatever they mean.
+* ``text-agnostic``: words are replaced by synonyms, swapped or deleted, whatever they mean, names and numbers too.
+  The synonyms are English, and words are what stands between spaces.
 * ``image-aware``: brightness, contrast, colour, small turns and mild crops, which leave visible what is shown.
 * ``image-agnostic``: random crops, flips, strong turns and colours.
 """
@@ -28,6 +29,7 @@ from kore.augmentation.general.pictures import altered
 from kore.augmentation.general.words import disturbed
 from kore.augmentation.texts import Texts, item_words
 from kore.augmentation.types import Candidate, Failure, ItemResult, KnowledgeItem, Sample, StoredImage
+from kore.augmentation.words import english
 from kore.errors import ConfigError, DataError, Unavailable
 
 if TYPE_CHECKING:
@@ -151,7 +153,10 @@ def _rephrased(
 
 
 def rephrasing_faults(item: KnowledgeItem, text: str) -> list[str]:
-    """Why a rephrasing is not one: numbers lost or new, names new, much too short or long."""
+    """Why a rephrasing is not one: numbers or names lost or new, much too short or long.
+
+    Names are told by their capitals, so that only those of texts in English are compared.
+    """
     faults = []
     ours, theirs = _numbers(item.text), _numbers(text)
     if lost := sorted(ours - theirs):
@@ -159,7 +164,10 @@ def rephrasing_faults(item: KnowledgeItem, text: str) -> list[str]:
     if new := sorted(theirs - ours - _numbers(item.title)):
         faults.append(f"The text has {', '.join(new)}, which the original has not; add nothing.")
     evidence = f"{item.title}\n{item.text}"
-    if strange := sorted({name for name in _inner_names(text) if supported(evidence, name) < 1}):
+    named = english(item.text)
+    if gone := sorted({name for name in _inner_names(item.text) if supported(text, name) < 1}) if named else []:
+        faults.append(f"The text lacks {', '.join(gone[:6])}; keep every name.")
+    if strange := sorted({name for name in _inner_names(text) if supported(evidence, name) < 1}) if named else []:
         faults.append(f"The text names {', '.join(strange[:6])}, which the original does not; add nothing.")
     words, own = len(text.split()), len(item.text.split())
     if not _SHORTEST * own <= words <= _longest(own):
