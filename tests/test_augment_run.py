@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +298,79 @@ def test_images_of_a_folder_are_linked_with_their_licence(knowledge, tmp_path):
     # Without the source the images that are not used any more go.
     assert augment(knowledge, config(max_items=1), made.out, progress=False).images == 1
     assert len(list((made.out / "images").iterdir())) == 1
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(knowledge, tmp_path, monkeypatch):
+    from kore.augmentation import cache, export
+
+    written, write = [], cache.atomic_write
+
+    def almost_full(path, *arguments, **options):
+        if len(written) == 4:
+            full()
+        written.append(write(path, *arguments, **options))
+
+    out = tmp_path / "out"
+    with ScriptedServer(Talkative(knowledge)) as server:
+        monkeypatch.setattr(cache, "atomic_write", almost_full)
+        with pytest.raises(ConfigError, match=r"the cache cannot be written \(No space left on device\); free some"):
+            augment(knowledge, config(server, workers=1), out, progress=False)
+        monkeypatch.undo()
+        monkeypatch.setenv("AUGMENT_TEST_KEY", KEY)
+        monkeypatch.setattr(export, "_rows", full)
+        with pytest.raises(KoreError, match=r"out: No space left on device; what is done is kept"):
+            augment(knowledge, config(server), out, progress=False)
+        assert not (out / "llava.json").exists() and not (out / "manifest.json").exists()
+        monkeypatch.undo()
+        monkeypatch.setenv("AUGMENT_TEST_KEY", KEY)
+        made = augment(knowledge, config(server), out, progress=False)
+        # One answer could not be kept and was asked for again; nothing else.
+        assert made.kept == 6 and len(server.requests) == 19
+    assert not [path for path in out.rglob("*") if ".tmp-" in path.name]
+
+
+def test_an_image_that_goes_while_it_runs_is_named(knowledge, tmp_path):
+    items = load_knowledge(knowledge)
+    (knowledge.parent / "images" / "4.png").unlink()
+    with pytest.raises(DataError, match=r"image not found: .*4\.png"):
+        augment(items, config(), tmp_path / "out", progress=False)
+
+
+def test_knowledge_that_changes_while_it_is_read_is_refused(knowledge, tmp_path):
+    items = load_knowledge(knowledge)
+    knowledge.write_text(knowledge.read_text() + "\n")
+    with pytest.raises(DataError, match="changes while it is read"):
+        augment(items, config(), tmp_path / "out", progress=False)
+
+
+def test_a_result_that_is_moved_goes_on_at_its_new_place(knowledge, tmp_path):
+    augment(knowledge, config(), tmp_path / "out", progress=False)
+    before = files_of(tmp_path / "out")
+    shutil.move(knowledge.parent, tmp_path / "elsewhere")
+    shutil.move(tmp_path / "out", tmp_path / "deep" / "moved")
+    moved = tmp_path / "elsewhere" / knowledge.name
+    again = augment(moved, config(), tmp_path / "deep" / "moved", progress=False)
+    assert again.kept == 6 and files_of(again.out) == before
+
+
+def test_two_runs_share_a_cache_at_the_same_time(knowledge, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "two"]
+    with ScriptedServer(Talkative(knowledge)) as server:
+
+        def work(out):
+            augment(knowledge, config(server), out, progress=False, cache=tmp_path / "cache")
+
+        threads = [threading.Thread(target=work, args=(out,)) for out in outs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert files_of(outs[0]) == files_of(outs[1]) and len(files_of(outs[0])) > 8
+    assert not [path for path in (tmp_path / "cache").rglob("*") if ".tmp-" in path.name]
 
 
 def test_a_guard_tells_what_ends_a_run():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kore.artifacts import atomic_write
-from kore.errors import KoreError
+from kore.errors import ConfigError
 
 _KIND = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 # Temporary files are named after the process, so its threads take turns per name, whatever cache object they use.
@@ -68,7 +68,7 @@ class Cache:
 
         Raises:
             TypeError: Key or value is not JSON.
-            KoreError: The file cannot be written; the message names it.
+            ConfigError: The file cannot be written; the message names it.
         """
         path = self.path(kind, key)
         stated = canonical(value)
@@ -81,7 +81,7 @@ class Cache:
             try:
                 atomic_write(path, text, durable=durable)
             except OSError as error:
-                raise KoreError(
+                raise ConfigError(
                     f"{path}: the cache cannot be written ({error.strerror or type(error).__name__}); "
                     "free some space or choose another folder"
                 ) from error

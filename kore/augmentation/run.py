@@ -22,7 +22,7 @@ from kore.augmentation.items import Knowledge, load_knowledge
 from kore.augmentation.pool import in_threads
 from kore.augmentation.types import ItemResult, KnowledgeItem
 from kore.augmentation.workshop import Workshop, problems_of
-from kore.errors import ArtifactError, DataError
+from kore.errors import ArtifactError, DataError, KoreError
 from kore.pipeline.stage import only_one
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def augment(
 
     Raises:
         DataError: The knowledge is wrong, or nothing could be made of any of it.
-        KoreError: A model, server, key or image source cannot be used; what is done is kept.
+        KoreError: A model, server, key, image source, file or disk cannot be used; what is done is kept.
         ArtifactError: ``out`` holds something else, or another process works there.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is done is kept.
     """
@@ -121,7 +121,7 @@ def augment(
     config = config or AugmentConfig()
     folder = out / CACHE if cache is None else Path(cache).absolute()
     started = time.perf_counter()
-    with _terminable(), only_one(out):
+    with _named_troubles(out), _terminable(), only_one(out):
         _claim(out)
         items = knowledge if isinstance(knowledge, Knowledge) else read_knowledge(Path(knowledge), config, folder)
         shop = Workshop.open(config, folder, generator)
@@ -273,6 +273,18 @@ def _write_statistics(summary: Summary, problems: list[dict[str, str]]) -> None:
         "image_problems": problems,
     }
     atomic_write(summary.out / STATISTICS, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _named_troubles(out: Path) -> Iterator[None]:
+    """A full disk, a folder that may not be written, an image that is gone: said with the file."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise KoreError(
+            f"{error.filename or out}: {why}; what is done is kept, the same command goes on when this is put right"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -179,9 +179,7 @@ def show_summary(summary: Summary) -> None:
     if summary.failures or summary.bad_rows:
         console.say(f"all failures: {summary.out / FAILURES}")
     if summary.passing:
-        console.say(
-            f"{counted(summary.passing, 'failure')} may pass: the same command tries again, and only these items"
-        )
+        console.say(f"{counted(summary.passing, 'failure')} may pass: the same command tries these items again")
     if summary.image_problems:
         images = counted(summary.image_problems, "image")
         console.say(f"{images} could not be had; {summary.out / 'run.json'} says why")
