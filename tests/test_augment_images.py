@@ -533,6 +533,7 @@ class TestServices:
             "image",
             "10",
         )
+        assert query["safe"] == "active"
         assert "SECRET" not in json.dumps(dict(source.identity())) and "SECRET" not in repr(source)
         assert len(source.search("a hall", 20)) == 13
 
@@ -557,6 +558,7 @@ class TestServices:
         one, two = source.search("hall", 5)
         assert one.url == "https://i.example/1.jpg" and one.page == "https://p.example/1" and one.author == "P"
         assert one.licence == "unknown (searched with licenses=cl)" and two.licence == "https://cc.example/by"
+        assert self._query(server)["safe"] == "active"
         assert self._query(server)["engine"] == "google_images" and self._query(server)["licenses"] == "cl"
         server.pages["/s"] = self._page(
             {"search_metadata": {"status": "Success"}, "error": "no results for this query"}
@@ -685,6 +687,9 @@ class TestSettings:
         settings = ImageSettings(kind="commons", contact="me@example.org")
         images = make_images(settings, tmp_path, cache)
         assert images.store.download.allow == Allowlist(("thumb.wikimedia.org", "upload.wikimedia.org"))
+        assert "me@example.org" in images.store.download.agent
+        assert images.source._download.allow == Allowlist(("commons.wikimedia.org",))
+        assert "me@example.org" in images.source._download.agent
         monkeypatch.setenv("SERPAPI_API_KEY", "SECRETKEY")
         settings = ImageSettings(kind="serpapi", allow=["*"], max_bytes=1000)
         images = make_images(settings, tmp_path, cache)

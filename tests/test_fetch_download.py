@@ -50,6 +50,20 @@ def test_what_is_no_image(server, body, said):
     assert len(server.asked) == 1
 
 
+def test_what_is_no_image_is_not_read_to_its_end(server):
+    def page(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        handler.wfile.write(b"<!doctype html>" + b" " * 300)
+        handler.wfile.flush()
+        time.sleep(1.0)
+
+    server.pages["/a"] = page
+    with pytest.raises(Unfit, match="an HTML page"):
+        server.downloader().image(server.url("/a"))
+
+
 def test_loopback_is_refused_unless_it_is_asked_for(server):
     server.pages["/a"] = picture()
     with pytest.raises(Refused, match="not a public address"):
