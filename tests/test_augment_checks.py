@@ -155,6 +155,16 @@ def test_nothing_accepted_is_none():
     assert dialogue(("Who won?", "Anna Berg"))[0] is None
 
 
+def test_a_long_title_does_not_make_two_questions_one():
+    title = "Solt wins the long and unexpectedly close election for the office of mayor of the old harbour town"
+    item = KnowledgeItem("x", "news", "politics", title, f"{TEXT} The place was Brest.")
+    when = Round(question=f'On what date did the event "{title}" take place?', answer="5 March 2024")
+    where = Round(question=f'What was the place of the event "{title}"?', answer="Brest")
+    accepted, reasons = check_dialogue(item, Dialogue(rounds=[when, where, when]))
+    assert [each.answer for each in accepted.rounds] == ["5 March 2024", "Brest"]
+    assert len(reasons) == 1 and "asked already" in reasons[0]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "same"),
     [

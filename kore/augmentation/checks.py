@@ -391,8 +391,15 @@ def _sentence(place: str, faults: Sequence[str]) -> str:
     return f"{place}: {'; '.join(faults)}."
 
 
-def _duplicate(question: str, others: Iterable[str]) -> str | None:
-    return next((other for other in others if same_question(question, other)), None)
+def _duplicate(question: str, others: Iterable[str], title: str) -> str | None:
+    """The question that was asked already. A title in both says nothing of what is asked, however long it is."""
+
+    def same(other: str) -> bool:
+        if holds(question, title) and holds(other, title):
+            return same_question(without(question, title, ""), without(other, title, ""))
+        return same_question(question, other)
+
+    return next((other for other in others if same(other)), None)
 
 
 def check_dialogue(
@@ -411,7 +418,7 @@ def check_dialogue(
     for number, entry in enumerate(answer.rounds, 1):
         faults = _question_faults(item, entry.question, QUESTION_WORDS_AT_MOST)
         faults += _answer_faults(item, entry.question, entry.answer, ANSWER_WORDS_AT_MOST, SUPPORT)
-        if (other := _duplicate(entry.question, asked)) is not None:
+        if (other := _duplicate(entry.question, asked, item.title)) is not None:
             faults.append(f'the question was asked already: "{other}"')
         if faults:
             reasons.append(_sentence(f"Round {number}", faults))
@@ -507,7 +514,7 @@ def check_questions(
     reasons: list[str] = []
     for number, entry in enumerate(answer.questions, 1):
         faults = _quadruplet_faults(item, entry)
-        if (other := _duplicate(entry.question, asked)) is not None:
+        if (other := _duplicate(entry.question, asked, item.title)) is not None:
             faults.append(f'the question was asked already: "{other}"')
         if faults:
             reasons.append(_sentence(f"Question {number}", faults))
