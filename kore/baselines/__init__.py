@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kore.baselines.base import Baseline, Preparation
 from kore.baselines.full import FullFineTuning
 from kore.baselines.lora import LoRA
+from kore.baselines.lwf import LwF
 from kore.baselines.null_space import Kore, LoRANull1, LoRANull2, RandomA
 from kore.baselines.replay import Replay
 from kore.errors import ConfigError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BASELINES", "METHODS", "NULL_SPACE", "Baseline", "Preparation", "baseline", "baseline_of", "prepare_model"]
 
 BASELINES: Mapping[str, type[Baseline]] = MappingProxyType(
-    {kind.method: kind for kind in (Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2, Replay)}
+    {kind.method: kind for kind in (Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2, Replay, LwF)}
 )
 METHODS = tuple(BASELINES)
 NULL_SPACE = tuple(name for name, kind in BASELINES.items() if kind.reads_covariance)

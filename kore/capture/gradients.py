@@ -149,13 +149,21 @@ class GradientModel(HookedModel):
 def loss_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """softmax(logits) − onehot(ŷ) with ŷ drawn from softmax(logits): the gradient of −Σ log p(ŷ), at least float32.
 
-    ``logits`` (rows, vocabulary). ``generator`` is the CPU's, so that all devices draw alike up to rounding.
+    ``logits`` (rows, vocabulary); ``generator`` as in :func:`draw_labels`.
     """
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    labels = draw_labels(p, generator)
+    return p.scatter_add_(-1, labels, p.new_full(labels.shape, -1.0))
+
+
+def draw_labels(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One label (rows, 1) for each of the distributions ``p`` (rows, vocabulary).
+
+    ``generator`` is the CPU's, so that all devices draw alike up to rounding.
+    """
     drawn = torch.rand(len(p), 1, generator=generator, dtype=torch.float64).to(p)
     cumulated = p.cumsum(-1)
-    labels = torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True).clamp_(max=p.shape[-1] - 1)
-    return p.scatter_add_(-1, labels, p.new_full(labels.shape, -1.0))
+    return torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True).clamp_(max=p.shape[-1] - 1)
 
 
 def _number(text: str) -> int:

@@ -25,7 +25,7 @@ RecipeName = Annotated[
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
-_METHODS = "kore, lora, random-a, lora-null-v1, lora-null-v2, replay"  # not imported: help must come at once
+_METHODS = "kore, lora, random-a, lora-null-v1, lora-null-v2, replay, lwf"  # not imported: help must come at once
 
 
 def capture(
