@@ -24,7 +24,7 @@ from kore.augmentation.limits import Limits, Prices
 from kore.augmentation.schema import Dialogue
 from kore.augmentation.types import KnowledgeItem, Request
 from kore.errors import ConfigError, KoreError, Unavailable
-from tests.augment_server import KEY, Fault, ScriptedServer
+from tests.augment_server import KEY, Fault, ScriptedServer, read_no_certificates
 
 ITEM = KnowledgeItem(
     "arven", "news", "politics", "Mira Solt wins in Arven", "Mira Solt was elected mayor of Arven in 2024."
@@ -36,6 +36,7 @@ MESSAGES = ({"role": "system", "content": "You write JSON."}, {"role": "user", "
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
+    read_no_certificates(monkeypatch)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TEST_KEY", KEY)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kore.artifacts import MANIFEST, atomic_write, write_manifest
 from kore.augmentation.config import AugmentConfig
-from kore.augmentation.export import FAILURES, Tally, write_outputs
+from kore.augmentation.export import FAILURES, IMAGES, Tally, write_outputs
 from kore.augmentation.guard import Stop
 from kore.augmentation.items import Knowledge, load_knowledge
 from kore.augmentation.pool import in_threads
@@ -177,8 +177,7 @@ def _make_all(items: Knowledge, shop: Workshop, progress: bool) -> tuple[list[by
         def work(job: tuple[str, KnowledgeItem]) -> int:
             key, item = job
             result = guarded.make(item)
-            if not shop.stopped:
-                shop.results.put(key, result)
+            shop.results.put(key, result)
             return len(result.failures)
 
         with contextlib.closing(in_threads(work, jobs(), shop.config.workers, shop.stop)) as done:
@@ -250,14 +249,18 @@ def _write(items: Knowledge, keys: Sequence[bytes], shop: Workshop, out: Path) -
 
 
 def _claim(out: Path) -> None:
-    """Make the directory, and mark it as one of an augmentation."""
+    """Make the directory, mark it as one of an augmentation, and clear what a killed run left half-written."""
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out}: expected a directory or nothing there, found a file; choose another output")
     ours = (out / STATISTICS).is_file() or (out / CACHE).is_dir()
-    if not ours and out.is_dir() and any(out.iterdir()):
+    # What a killed run was about to write. Nobody else writes here while this process has the directory to itself.
+    left = [path for folder in (out, out / IMAGES) for path in folder.glob(".*.tmp-*") if path.is_file()]
+    if not ours and out.is_dir() and not set(out.iterdir()) <= set(left):
         raise ArtifactError(
             f"{out}: there is something here already that no augmentation has made; delete it or choose another output"
         )
+    for path in left:
+        path.unlink(missing_ok=True)
     if not (out / STATISTICS).is_file():
         atomic_write(out / STATISTICS, json.dumps({"state": "running"}) + "\n")
 

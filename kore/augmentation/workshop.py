@@ -49,7 +49,6 @@ class Workshop:
     images: Any
     results: Results
     identity: dict[str, Any]
-    stopped: bool = False
 
     @classmethod
     def open(cls, config: AugmentConfig, cache: Path, generator: Generator | None = None) -> Workshop:
@@ -82,8 +81,7 @@ class Workshop:
         return self.asker.limits.accounting
 
     def stop(self) -> None:
-        """End all waits of the threads, and keep no result that comes from that."""
-        self.stopped = True
+        """End all waits of the threads. What they wait for is a failure that may pass, so another run tries again."""
         self.asker.limits.stop()
 
     def guarded(self) -> Workshop:
