@@ -10,8 +10,10 @@ from PIL import Image
 
 from benchmarks.augmentation_faults import MUST_BE_EMPTY, MUST_BE_ZERO, damaged, faults_of, leaks, measure
 from benchmarks.augmentation_servers import EXAMPLE, KEYS
+from kore.augmentation.config import AugmentConfig
 from kore.augmentation.images.catalog import FolderCatalog
 from kore.augmentation.items import load_knowledge
+from kore.augmentation.run import augment
 from kore.cli import main
 
 ITEMS = list(load_knowledge(EXAMPLE / "knowledge.jsonl"))
@@ -86,6 +88,23 @@ def test_what_the_fault_run_looks_for_is_found(tmp_path):
     assert len(damaged(tmp_path)) == 4 and leaks(tmp_path) == [str(tmp_path / "log")]
     good = {name: [] for name in MUST_BE_EMPTY} | dict.fromkeys(MUST_BE_ZERO, 0)
     assert faults_of(good) == [] and faults_of({**good, "requests_inside": 1}) == ["requests_inside: 1"]
+
+
+def test_nothing_stays_of_what_a_kill_left_half_written(tmp_path):
+    """Killed within the very first write, or that of the manifest; beside a run there is no other writer."""
+    knowledge = tmp_path / "knowledge.jsonl"
+    knowledge.write_text(json.dumps({"type": "town", "name": "Arven", "text": "Arven lies at the river Solt."}) + "\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    left = [out / ".run.json.tmp-1-0a0a0a0a", out / ".manifest.json.tmp-1-0b0b0b0b"]
+    for path in left:
+        path.write_text("{")
+    config = AugmentConfig(tasks=["dialogue"], quality=False)
+    augment(knowledge, config, out, progress=False)
+    (out / "images").mkdir(exist_ok=True)
+    (out / "images" / ".a.jpg.tmp-1").write_text("half")
+    augment(knowledge, config, out, progress=False)
+    assert not list(out.rglob(".*.tmp-*")) and (out / "llava.json").is_file()
 
 
 @pytest.mark.slow
