@@ -177,8 +177,7 @@ def _make_all(items: Knowledge, shop: Workshop, progress: bool) -> tuple[list[by
         def work(job: tuple[str, KnowledgeItem]) -> int:
             key, item = job
             result = guarded.make(item)
-            if not shop.stopped:
-                shop.results.put(key, result)
+            shop.results.put(key, result)
             return len(result.failures)
 
         with contextlib.closing(in_threads(work, jobs(), shop.config.workers, shop.stop)) as done:
