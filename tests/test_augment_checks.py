@@ -313,6 +313,7 @@ def quadruplet(**changes):
         (dict(answer="Bellin"), '"Bellin"'),
         (dict(answer="The small town of Arven by the sea there"), "9 words, at most 6"),
         (dict(answer="Arven harbour breakfast"), '"breakfast"'),
+        (dict(answer="Mira Solt"), "stands in the question already"),
         (dict(answer="mayor"), "stands in the question already"),
         (dict(hypernym="person living in Arven"), "gives the answer away"),
         (dict(hypernym="Mira Solt"), "the subject itself"),

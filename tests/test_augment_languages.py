@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from kore.augmentation.checks import check_dialogue, check_questions
-from kore.augmentation.schema import Dialogue, Quadruplet, Questions, Round
+from kore.augmentation.checks import check_caption, check_dialogue, check_questions
+from kore.augmentation.schema import Caption, Dialogue, Quadruplet, Questions, Round
 from kore.augmentation.types import KnowledgeItem
+from kore.augmentation.words import english, small_words
 
 TEXTS = {
     "en": (
@@ -19,6 +20,11 @@ TEXTS = {
         "on 3 May 2011. Its main span measures 412 metres, and it cost $2.5 million. The bridge is not open to "
         "trucks, but a tram line crosses it. It was paid for by the World Health Organization and the United Kingdom. "
         "Ben O'Connor won the first half-marathon on it in 2 hours.",
+    ),
+    "en lemur": (
+        "Lemur",
+        "The lemur does not eat red meat. It not only eats sweet nuts but sings. The Federal Bureau of Investigation "
+        "counted nine of them. No other animal of the island climbs as high.",
     ),
     "de": (
         "Berliner Fernsehturm",
@@ -114,6 +120,13 @@ CASES = [
     ("en", False, "Was it designed by Ingrid Solheim?", "It was designed by Ingrid Solheim."),
     ("en", False, "How fast was the winner?", "The winner took 2 days."),
     ("en", False, "Why was it built?", "It was built because the old ferry often sank in winter storms."),
+    ("en lemur", True, "What does the lemur not eat?", "Red meat."),
+    ("en lemur", True, "Which food is named first?", "Meat."),
+    ("en lemur", True, "What does the lemur eat?", "It eats sweet nuts."),
+    ("en lemur", True, "Who counted them?", "The FBI."),
+    ("en lemur", True, "Which animal climbs high?", "The animal of the island climbs high."),
+    ("en lemur", False, "What does the lemur eat?", "It eats red meat."),
+    ("en lemur", False, "Who counted them?", "The FIB."),
     # German
     ("de", True, "Wie hoch ist der Turm?", "Er ist 368 Meter hoch."),
     ("de", True, "Wann wurde der Turm eröffnet?", "Am 3. Oktober 1969."),
@@ -162,6 +175,7 @@ CASES = [
     ("ar", True, "من صمم البرج؟", "صممته المهندسة ليلى حداد."),
     ("ar", True, "أين يقع البرج؟", "يقع البرج في المدينة نجمة."),
     ("ar", True, "كم يبلغ ارتفاع البرج؟", "يبلغ ارتفاعه ٢١٠ أمتار."),
+    ("ar", True, "ما اسم المكان؟", "المدينة نجمة", "short"),
     ("ar", False, "من صمم البرج؟", "صممه المهندس سامي خليل."),
     ("ar", False, "متى افتتح البرج؟", "افتتح في عام 2018."),
     ("ru", True, "Кто построил маяк?", "Маяк построил Павел Ветров."),
@@ -238,6 +252,20 @@ def test_answers_in_several_languages(case):
     language, good, *rest = case
     given, reasons = accepted(language, *rest)
     assert (given is not None) is good, reasons
+
+
+def test_a_summary_may_not_say_the_opposite_of_the_text():
+    item = KnowledgeItem("x", "entity", "thing", *TEXTS["en"])
+    for summary, fits in (("The bridge is open to trucks.", False), ("The bridge is not open to trucks.", True)):
+        given, reasons = check_caption(item, Caption(depicted="The Arkady Bridge", summary=summary))
+        assert (given is not None) is fits and ("opposite" in " ".join(reasons)) is not fits
+
+
+def test_the_language_of_a_text():
+    assert english(TEXTS["en"][1]) and not small_words(TEXTS["en"][1])
+    for language, word in (("de", "der"), ("fr", "est"), ("es", "los"), ("ru", "на")):
+        assert not english(TEXTS[language][1]) and word in small_words(TEXTS[language][1])
+    assert small_words("xyzzy plugh frotz gnusto rezrov blorb nitfol der ozmoo vaxum zemdor guncho") == frozenset()
 
 
 @pytest.mark.parametrize("case", MISSED, ids=lambda case: f"{case[0]}-{case[3]}")

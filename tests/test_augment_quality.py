@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from kore.augmentation.quality import Drawn, Lengths, Quality, Repetitions, Shares, write_quality
+from kore.augmentation.quality_page import _spread
 from kore.augmentation.types import Candidate, Failure, ItemResult, KnowledgeItem, Sample, StoredImage
 
 TEXT = "Zog the tower stands in Bern. It is 12 metres tall."
@@ -144,6 +145,13 @@ def test_what_is_drawn_does_not_depend_on_the_order():
     for thing in reversed(ranks):
         back.offer(ranks[thing], thing)
     assert list(forth) == list(back) == sorted(ranks, key=ranks.get)[:5]
+
+
+def test_the_middle_half():
+    shares = Shares(low=-1.0)
+    for number in range(100):
+        shares.add(-0.95 + 0.1 * (number // 5))
+    assert _spread(shares) == "-0.6 to 0.5"
 
 
 def test_histograms():

@@ -151,6 +151,12 @@ def test_no_sentence_is_left_out_where_rounds_are_left():
     assert checks.check_dialogue(item, Dialogue(rounds=rounds))[1] == []
 
 
+def test_a_headline_that_the_text_repeats_is_no_answer_to_a_question_with_it():
+    item = KnowledgeItem("n", "news", "x", "Zog lives in joy", "It is a day of great joy for all. Zog lives in joy.")
+    rounds = ask(item, Dialogue).rounds
+    assert [each.answer for each in rounds] == ["It is a day of great joy for all."]
+
+
 def test_an_answer_that_the_question_or_the_kind_tells_is_not_asked_for():
     text = "Noor Haddad (NHD) is a singer of the Blue Band and lives in Bern with two dogs."
     item = KnowledgeItem("n", "entity", "singer", "Noor Haddad", text, facts={"occupation": "singer", "home": "Bern"})

@@ -63,6 +63,8 @@ def test_the_name_has_the_article_of_the_text():
     tower = KnowledgeItem("1", "entity", "office", "Eiffel Tower", "The Eiffel Tower stands. See the Eiffel Tower.")
     words = item_words(tower)
     assert words["name"] == "the Eiffel Tower" and words["title"] == "Eiffel Tower" and words["a_type"] == "an office"
+    lemur = KnowledgeItem("3", "entity", "animal", "Aye-aye", "The aye-aye eats. An aye-aye sleeps, the aye-aye wakes.")
+    assert item_words(lemur)["name"] == "the aye-aye" and item_words(lemur)["title"] == "Aye-aye"
     person = KnowledgeItem("2", "entity", "university", "Ada", "Ada wrote. The Ada of old. Ada was.")
     assert item_words(person)["name"] == "Ada" and item_words(person)["a_type"] == "a university"
     assert load_texts().line(random.Random(0), "caption", "answer", depicted="the x", summary="y") == "The x y"

@@ -116,10 +116,6 @@ class _Evidence:
         )
 
     @cached_property
-    def _acronyms(self) -> frozenset[str]:
-        return frozenset(token.key for token in self._tokens if token.upper)
-
-    @cached_property
     def _units(self) -> dict[str, set[str]]:
         """For each number that has units, their names."""
         found: dict[str, set[str]] = {}
@@ -139,6 +135,8 @@ class _Evidence:
             return True
         if token.number:
             return False
+        if token.key.removesuffix("s") in self.keys or f"{token.key}s" in self.keys:
+            return True
         if token.key in UNITS and any(UNITS[token.key] in found for found in self._units.values()):
             return True
         return any(stem_match(token.key, other) for other in self._starts.get(token.key[:4], ()))
@@ -152,18 +150,11 @@ class _Evidence:
 
         A capital at the start of a sentence says little. Such a word is taken for a name when the next one has a
         capital too; otherwise a form of it is enough, and in a question, whose first word asks, nothing is needed.
-        A name whose initials are there as an acronym is there.
         """
         tokens = tokenize(text)
-        spelled = {
-            place
-            for name in _names(tokens)
-            if "".join(tokens[place].key[0] for place in name) in self._acronyms
-            for place in name
-        }
         result = []
         for index, token in enumerate(tokens):
-            if not token.content or not (token.number or token.capital) or index in spelled or token.key in self.small:
+            if not token.content or not (token.number or token.capital) or token.key in self.small:
                 continue
             after = tokens[index + 1] if index + 1 < len(tokens) else None
             followed = after is not None and after.capital and not after.initial
