@@ -516,3 +516,13 @@ def test_joined_answers_have_each_question_once():
     first = Dialogue(rounds=[Round(question="Who founded Arven?", answer="Mira")])
     second = Dialogue(rounds=[Round(question="who founded ARVEN", answer="Mira Solt")])
     assert answers(first.joined(second)) == ["Mira Solt"]
+
+
+def test_the_tokens_that_an_answer_took_count_and_not_the_estimate():
+    time = Time()
+    limits = Limits(tokens_per_minute=100, clock=time, sleep=time.sleep)
+    limits.call(lambda: "a", name="a", tokens=100, used=lambda _: 10)
+    limits.call(lambda: "b", name="b", tokens=90)
+    assert time.slept == []
+    limits.call(lambda: "c", name="c", tokens=1)
+    assert time.slept == [60.0]
