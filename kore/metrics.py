@@ -21,11 +21,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from kore.vqa import normalize_vqa
+from kore.vqa import cover_match_of_evoke, normalize_vqa
 
-CemRule = Literal["vqa", "squad"]
+CemRule = Literal["vqa", "squad", "evoke"]
 F1Rule = Literal["multiset", "set"]
-CEM_RULES: tuple[CemRule, ...] = ("vqa", "squad")
+CEM_RULES: tuple[CemRule, ...] = ("vqa", "squad", "evoke")
 F1_RULES: tuple[F1Rule, ...] = ("multiset", "set")
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -76,9 +76,12 @@ def cover_exact_match(prediction: str, answer: str | Iterable[str], normalizatio
     """1 if an accepted answer stands, whole words and in order, inside the prediction, else 0.
 
     Whole words, so that "nine" is not found in "nineteen". ``"vqa"`` takes "9" for "nine" and finds "kestrel" in
-    "kestrel's"; ``"squad"`` does neither.
+    "kestrel's"; ``"squad"`` does neither. ``"evoke"`` is VQA's with the faults of the published scorer, for comparison
+    with published numbers (:func:`kore.vqa.cover_match_of_evoke`).
     """
     first = _vqa if _chosen("normalization", normalization, CEM_RULES) == "vqa" else normalize_answer
+    if normalization == "evoke":
+        return int(any(cover_match_of_evoke(prediction, one) for one in _accepted(answer)))
     for one in _accepted(answer):
         normalizer = _normalizer_for(one, first)
         said, expected = normalizer(prediction), normalizer(one)

@@ -25,22 +25,34 @@ wouldn't wouldn't've y'all you'd you'd've you'll you're you've
 _WITH_APOSTROPHE = {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
 
 
-def normalize_vqa(text: str) -> str:
+def normalize_vqa(text: str, plain: bool = False) -> str:
     """Lower case, numbers to ten as digits, no articles, apostrophes put into contractions, and no punctuation.
 
     A mark that stands beside a space anywhere in the text is deleted, another becomes a space, so "red/blue" is two
     words; in a text with a number such as 10,000 all are deleted. Periods stay before digits; apostrophes, colons and
-    signs such as % and $ stay.
+    signs such as % and $ stay. ``plain`` leaves characters outside ASCII as they are, as the published scorer does.
     """
-    text = " ".join(text.replace("’", "'").replace("‘", "'").split())
+    if not plain:
+        text = text.replace("’", "'").replace("‘", "'")
+    text = " ".join(text.split())
     deletes = _THOUSANDS.search(text) is not None
     result = text
-    for mark in {character for character in text if _is_mark(character)}:
+    for mark in {character for character in text if character in _MARKS or (not plain and _is_punctuation(character))}:
         beside_space = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if deletes or beside_space else " ")
     words = (_DIGITS.get(word, word) for word in _PERIOD.sub("", result).lower().split())
     return " ".join(_WITH_APOSTROPHE.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def _is_mark(character: str) -> bool:
-    return character in _MARKS or (ord(character) > 127 and unicodedata.category(character).startswith("P"))
+def cover_match_of_evoke(prediction: str, answer: str) -> bool:
+    """The cover match that EVOKE's published numbers were made with, to the letter.
+
+    A word boundary must stand at both ends, so an answer that begins or ends in a sign is never found ("20%"), and an
+    answer that the normalisation erases is found in any text with a word.
+    """
+    said, expected = normalize_vqa(prediction, plain=True), normalize_vqa(answer, plain=True)
+    return re.search(rf"\b{re.escape(expected)}\b", said) is not None
+
+
+def _is_punctuation(character: str) -> bool:
+    return ord(character) > 127 and unicodedata.category(character).startswith("P")

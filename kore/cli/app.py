@@ -13,6 +13,7 @@ from kore.cli.augment import augment
 from kore.cli.bench import bench
 from kore.cli.console import interruptible
 from kore.cli.convert import convert
+from kore.cli.evaluation import evaluate
 
 app = typer.Typer(
     name="kore",
@@ -53,11 +54,11 @@ for _function in (
     stages.train,
     stages.merge,
     convert,
-    stages.evaluate,
+    evaluate,
     analyze,
     commands.doctor,
 ):
-    _name = "eval" if _function is stages.evaluate else _function.__name__
+    _name = "eval" if _function is evaluate else _function.__name__
     app.command(_name)(interruptible(_function))
 
 app.add_typer(bench, name="bench")

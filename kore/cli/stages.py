@@ -1,4 +1,4 @@
-"""The stages as single commands: capture, init, train, merge, eval."""
+"""The stages as single commands: capture, init, train, merge."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RecipeName = Annotated[
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
-_METHODS = "kore, lora, random-a, lora-null-v1, lora-null-v2, replay, lwf"  # not imported: help must come at once
+_METHODS = "kore, lora, random-a, lora-null-v1, lora-null-v2, replay, ewc, lwf"  # not imported: help must come at once
 
 
 def capture(
@@ -128,8 +128,8 @@ def init(
         set,
         recipe,
     )
-    if options.adapter.method == "full":
-        raise ConfigError("adapter.method: full has no adapter to make; use kore train --full")
+    if options.adapter.baseline().in_full:
+        raise ConfigError(f"adapter.method: {options.adapter.method} has no adapter to make; use kore train --full")
     if options.adapter.needs_covariance and not covariance:
         raise ConfigError(f"--covariance: method {options.adapter.method} needs the result of kore capture")
     paths = [path.absolute() for path in covariance or []]
@@ -177,8 +177,10 @@ def train(
     Several GPUs: `torchrun --nproc-per-node 4 -m kore train ...`
 
     Two-sided protection: `kore train ... --protect runs/a/covariance --protect-gradients runs/a/gradients`
+
+    EWC on the whole model: `kore train --full ... --old old.json --set adapter.method=ewc-full`
     """
-    from kore.pipeline.config import DataSection, ProtectionSection, TrainSection
+    from kore.pipeline.config import AdapterSection, DataSection, ProtectionSection, TrainSection
     from kore.pipeline.stages import TrainStage
     from kore.processes import process_count
 
@@ -194,9 +196,10 @@ def train(
     named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     sections: dict[str, Any] = {"new": DataSection, "train": TrainSection, "protection": ProtectionSection}
     options = _options(
-        {**sections, **({"old": DataSection} if old else {})},
+        {**sections, **({"old": DataSection} if old else {}), **({"adapter": AdapterSection} if full else {})},
         {
             **_model(model, dtype, device),
+            **({"adapter": {"method": "full"}} if full else {}),
             **({"old": {"files": old, "format": format, "on_bad_row": on_bad_row}} if old else {}),
             "new": {"files": data, "image_root": image_root, "format": format, "on_bad_row": on_bad_row},
             "train": {"seed": seed, **_given(**named)},
@@ -207,6 +210,8 @@ def train(
     )
     if protect is None and options.protection.strength is not None:
         raise ConfigError("protection.strength: expected --protect and --protect-gradients with it")
+    if full and not options.adapter.baseline().in_full:
+        raise ConfigError(f"--full: method {options.adapter.method} trains an adapter; make it with kore init")
     stage = TrainStage(
         output.absolute(),
         options.model,
@@ -219,6 +224,7 @@ def train(
         gradients=_absolute(protect_gradients),
         recipe=recipe,
         old=getattr(options, "old", None),
+        in_full=options.adapter if full else None,
     )
     if process_count() > 1:
         from kore.pipeline.workbench import Workbench
@@ -241,36 +247,6 @@ def merge(
 
     merge_adapter(model, adapter, output)
     console.say(f"merged model: {output}")
-
-
-def evaluate(
-    model: Model,
-    output: Output,
-    questions: Annotated[list[Path], typer.Option("--questions", "-q", help="Question file; may be repeated.")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="A trained adapter.")] = None,
-    image_root: ImageRoot = None,
-    batch_size: Annotated[int, typer.Option(help="Questions answered at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
-    on_bad_row: OnBadRow = "fail",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Ask questions and mark the answers with CEM and F1.
-
-    Example: `kore eval -m models/llava -a runs/a/train/adapter -q new-questions.jsonl -o runs/a/eval`
-    """
-    from kore.artifacts import read_json
-    from kore.pipeline.config import EvalSection
-    from kore.pipeline.stages import EvalStage
-
-    asked = [{"file": file, "image_root": image_root} for file in questions]
-    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "on_bad_row": on_bad_row}
-    options = _options(
-        {"eval": EvalSection}, {**_model(model, dtype, device), "eval": {"new": asked, **settings}}, None
-    )
-    stage = EvalStage(output.absolute(), options.model, options.eval, _absolute(adapter))
-    _run(stage, options.model)
-    _show_scores(read_json(stage.output / "scores.json"))
 
 
 def _run(stage: Any, model: Any) -> None:
@@ -353,19 +329,3 @@ def _names(targets: str | None) -> str | list[str] | None:
     if targets is None or "," not in targets:
         return targets
     return [name.strip() for name in targets.split(",")]
-
-
-def _show_scores(scores: dict[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("questions", "type"):
-        table.add_column(column)
-    for column in ("count", "CEM", "F1"):
-        table.add_column(column, justify="right")
-    for name, result in scores["new"].items():
-        rows = {"all": result["overall"], **(result["by_type"] if len(result["by_type"]) > 1 else {})}
-        for kind, score in rows.items():
-            table.add_row(name, kind, str(score["count"]), f"{score['cem']:.2f}", f"{score['f1']:.2f}")
-    console.show(table)

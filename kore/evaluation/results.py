@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,16 @@ class EvalResult:
     ) -> EvalResult:
         by_type = {one: Score.of(group) for one, group in _by_type(answers).items()}
         return cls(Score.of(answers), by_type, list(answers), measures or Measures(), list(left_out))
+
+    def marked(self, measures: Measures) -> EvalResult:
+        """The same answers, marked by other measures."""
+        if measures == self.measures:
+            return self
+        answers = []
+        for one in self.answers:
+            cem, f1 = measures.mark(one.prediction, one.answer)
+            answers.append(replace(one, cem=cem, f1=f1))
+        return EvalResult.of(answers, measures, self.left_out)
 
     def scores(self) -> dict[str, Any]:
         """The scores as JSON-serialisable values, each with its 95 % interval over questions."""

@@ -39,14 +39,14 @@ class Run:
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
-    """Read what ``kore eval`` has written, or a single result of :func:`kore.evaluation.evaluate`, taken as new.
+    """Read what ``kore eval`` wrote, or one result of :func:`kore.evaluation.evaluate`, as the new set ``questions``.
 
     Raises:
         ArtifactError: It is not there, not finished or broken; the message names the file.
     """
     directory = Path(directory)
     if (directory / ANSWERS).is_file():
-        return Run(new={directory.name: load_result(directory)})
+        return Run(new={"questions": load_result(directory)})
     if not (directory / SCORES).is_file() and (directory / "eval" / "after" / SCORES).is_file():
         raise ArtifactError(f"{directory}: a whole run; its evaluations are eval/before and eval/after in it")
     scores = read_json(directory / SCORES)

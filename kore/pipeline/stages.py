@@ -26,9 +26,9 @@ from kore.pipeline.workbench import Workbench
 from kore.processes import is_main_process, process_count
 
 if TYPE_CHECKING:
-    from kore.evaluation import EvalResult
     from kore.baselines import Baseline
     from kore.covariance import CovarianceSet
+    from kore.evaluation import EvalResult
     from kore.protection import TwoSided
 
 
@@ -117,7 +117,8 @@ class TrainStage:
     """Training on the new data; ``init`` is the adapter to start from, None trains the model in full.
 
     With a protection, ``covariance`` and ``gradients`` are those of the old data. ``old`` are old conversations, for
-    the methods that train on them or look at them. ``recipe`` is the name that an adapter without one gets.
+    the methods that train on them or look at them. ``in_full`` says by which method the model is trained in full,
+    plainly if it is None. ``recipe`` is the name that an adapter without one gets.
     """
 
     output: Path
@@ -132,6 +133,7 @@ class TrainStage:
     gradients: Path | None = None
     recipe: str | None = None
     old: DataSection | None = None
+    in_full: AdapterSection | None = None
 
     @property
     def result(self) -> Path:
@@ -142,7 +144,10 @@ class TrainStage:
         init = {"adapter-init": directory_identity(self.init)} if self.init is not None else {}
         settings = {**self.settings.settings().identity(), "processes": self.settings.processes}
         own = {**model_inputs(self.model), **data_inputs("new", self.new), **flat("train", settings), **init}
-        if self.old is not None and self._method().reads_old:
+        method = self._method()
+        if self.init is None and method.method != "full":
+            own |= {"adapter.method": method.method, **flat("adapter", dict(method.describe()))}
+        if self.old is not None and method.reads_old:
             own |= data_inputs("old", self.old)
         if self.protection.strength is None:
             return own
@@ -159,7 +164,9 @@ class TrainStage:
     def check(self, context: Workbench) -> None:
         if self.new.there:
             context.conversations(self.new, self.seed)
-        if self.old is not None:
+        if self.old is None:
+            self._method().check_old(())
+        else:
             context.conversations(self.old, self.seed)
 
     def run(self, context: Workbench) -> str:
@@ -178,7 +185,7 @@ class TrainStage:
         return ", ".join(words)
 
     def _train_here(self, context: Workbench) -> None:
-        from kore.baselines import prepare_model
+        from kore.baselines import Preparation
         from kore.training import train
 
         method = self._method()
@@ -186,7 +193,7 @@ class TrainStage:
         old = context.conversations(self.old, self.seed) if uses_old and self.old is not None else ()
         conversations = method.conversations(context.conversations(self.new, self.seed), old, self.seed)
         if self.init is None:
-            model = prepare_model(context.base(), "full")
+            model = method.prepare(context.base(), Preparation())
         else:
             model = context.adapted(self.init, trainable=True)
         context.drop()
@@ -207,10 +214,12 @@ class TrainStage:
             context.put_adapted(result.model, self.result, trainable=False)
 
     def _method(self) -> Baseline:
-        """The method that made the adapter to start from."""
+        """The method that made the adapter to start from, or that trains the model in full."""
         from kore.baselines import baseline, baseline_of
 
-        return baseline("full") if self.init is None else baseline_of(self.init)
+        if self.init is not None:
+            return baseline_of(self.init)
+        return baseline("full") if self.in_full is None else self.in_full.baseline()
 
     def _protection(self, model: Any) -> TwoSided | None:
         if self.protection.strength is None:

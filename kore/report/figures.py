@@ -281,6 +281,59 @@ def discard_curves(panels: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> Figur
     return figure
 
 
+def type_bars(
+    scores: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]], label: str = "mean of CEM and F1"
+) -> Figure:
+    """A bar for every question type and name, with its interval, types from the top down (the paper's Figure 5).
+
+    Args:
+        scores: For each name and type (value, low, high) in percent; low and high may be None.
+        label: What the values are.
+    """
+    types = list(dict.fromkeys(kind for each in scores.values() for kind in each))
+    figure, axes = _grid(1, 1, height=0.9 + max(1, len(types)) * (0.16 + 0.17 * max(1, len(scores))))
+    thick = 0.8 / max(1, len(scores))
+    for number, (colour, (name, each)) in enumerate(zip(_colours(), scores.items())):
+        places = np.array([types.index(kind) for kind in each]) + (number - (len(scores) - 1) / 2) * thick
+        values = np.array([value for value, _, _ in each.values()])
+        axes[0].barh(places, values, thick * 0.92, color=colour, label=name, alpha=0.85)
+        for place, (_, low, high) in zip(places, each.values()):
+            if low is not None and high is not None:
+                axes[0].plot([low, high], [place, place], color=_INK, linewidth=1, alpha=0.75)
+    axes[0].set_yticks(range(len(types)), types)
+    axes[0].set(xlabel=label, xlim=(0, None))
+    axes[0].invert_yaxis()
+    axes[0].grid(False, axis="y")
+    _legend(figure, axes[0], len(scores))
+    return figure
+
+
+def type_radar(scores: Mapping[str, Mapping[str, float]]) -> Figure:
+    """The same as one polygon for each name over at least three types, as the paper draws it.
+
+    Args:
+        scores: For each name and type a value in percent; all names have the same types.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    ax: Any = figure.add_subplot(projection="polar")
+    types = list(next(iter(scores.values()), {}))
+    angles = np.linspace(0, 2 * np.pi, len(types), endpoint=False)
+    for colour, (name, each) in zip(_colours(), scores.items()):
+        values = [each[kind] for kind in types]
+        ax.plot([*angles, *angles[:1]], [*values, *values[:1]], color=colour, linewidth=1.6, label=name)
+        ax.fill(angles, values, color=colour, alpha=0.08)
+    ax.set_xticks(angles, types)
+    ax.set_ylim(bottom=0)
+    ax.grid(True, color=_GRID, linewidth=0.8)
+    ax.spines["polar"].set_color(_GRID)
+    ax.patch.set_alpha(0)
+    ax.tick_params(labelcolor=_INK, labelsize=8.5)
+    _legend(figure, ax, len(scores))
+    return figure
+
+
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG on white."""
     buffer = io.BytesIO()

@@ -194,17 +194,26 @@ def _cell(value: Any, digits: int) -> str:
 
 
 def _thumbnail(path: str | os.PathLike[str] | None) -> str | None:
-    """The image as a data URI, or None when there is none to show."""
+    """The image as a small data URI, JPEG or PNG, whichever is smaller, or None when there is none to show."""
     if path is None or not Path(path).is_file():
         return None
     from PIL import Image
 
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    from kore.errors import DataError
+    from kore.fetch import open_image
+
+    try:
+        picture = open_image(path)
+    except DataError:
+        return None
     if max(picture.size) < _THUMBNAIL // 2:
         scale = _THUMBNAIL // max(picture.size)
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    encoded = {}
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 82, "optimize": True})):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind.upper(), **options)
+        encoded[kind] = buffer.getvalue()
+    kind = min(encoded, key=lambda one: len(encoded[one]))
+    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
