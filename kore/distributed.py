@@ -71,6 +71,15 @@ class Processes:
             dist.broadcast(rounded, src=first, group=self._group)
             block.copy_(rounded.to(block.device).where(mine, block))
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the tensors of all processes, in float64 on the CPU, the same bits in each."""
+        if self.count == 1:
+            return tensor.to("cpu", torch.float64)
+        total = tensor.to(self._device(), torch.float64, copy=True, memory_format=torch.contiguous_format)
+        dist.reduce(total, dst=self._global(0), group=self._group)
+        dist.broadcast(total, src=self._global(0), group=self._group)
+        return total.cpu()
+
     def hand_out(
         self, tensor: torch.Tensor | None, owner: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:

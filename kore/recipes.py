@@ -172,9 +172,21 @@ def describe(
     for section, values in sections.items():
         expected = {**_defaults(section), **recipe(name).section(section)}
         for key, value in values.items():
+            if key == "options":
+                value = _changed_options(values.get("method"), value)
             if key not in _NO_EFFECT.get(section, ()) and value != expected.get(key, value):
                 changed[f"{section}.{key}"] = TypeAdapter(Any).dump_python(value, mode="json")
     return {"name": name, "changed": changed}
+
+
+def _changed_options(method: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method that are not its defaults."""
+    from kore.baselines import baseline
+
+    if not options:
+        return {}
+    changed: dict[str, Any] = baseline(method, **options).options.model_dump(mode="json", exclude_defaults=True)
+    return changed
 
 
 def capture_sections(name: str, cov: CovarianceSet) -> dict[str, dict[str, Any]]:
@@ -228,7 +240,7 @@ def mark(
     if before is None:
         fields = _defaults("adapter")
         made = {key: value for key, value in info.get("config", {}).items() if key in fields}
-        sections["adapter"] = {"method": info["method"], **made}
+        sections["adapter"] = {"method": info["method"], "options": info.get("options", {}), **made}
     if cov is not None:
         sections |= capture_sections(name, cov)
     if train is not None:

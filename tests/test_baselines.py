@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_the_random_state_of_the_caller_is_left_alone(method):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("ewc", {"rank": 4}, "method: expected one of kore, lora, full, random-a"),
+        ("ewk", {"rank": 4}, "method: expected one of kore, lora, full, random-a"),
         ("lora", {}, "rank: expected a number"),
         ("lora", {"rank": "match-lora-4"}, "rank: expected a number"),
         ("lora", {"rank": 1000}, "larger than d_in"),
@@ -102,3 +103,22 @@ def test_an_adapted_model_is_refused():
     for method in baselines.METHODS:
         with pytest.raises(ModelError, match="merge or unload"):
             baselines.prepare_model(model, method, rank=4)
+
+
+def test_every_method_says_what_it_is():
+    kinds = baselines.BASELINES.values()
+    assert len({kind.title for kind in kinds}) == len(kinds)
+    for kind in kinds:
+        assert kind.__doc__ and ("arXiv" in kind.source or "http" in kind.source), kind
+        for name, field in kind.Options.model_fields.items():
+            assert field.description, f"{kind.method}: {name}"
+
+
+def test_the_help_of_init_names_every_method_that_makes_an_adapter(capsys):
+    """It is written out in the command line, which must not load the methods to show it."""
+    from kore.cli.main import main
+
+    assert main(["init", "--help"]) == 0
+    said = set(re.findall(r"[a-z0-9-]+", re.sub(r"[│\s]+", " ", capsys.readouterr().out)))
+    wanted = {method for method, kind in baselines.BASELINES.items() if not kind.in_full}
+    assert wanted <= said and not said & (set(baselines.METHODS) - wanted - {"full"})

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kore.baselines import baseline
-from kore.baselines.drawing import draw
 from kore.data import Conversation, Message, load_conversations
+from kore.data.drawing import draw
 from kore.errors import ConfigError
 from kore.training import train
 from tests.tiny import save_tiny, tiny_conversations

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kore.baselines.base import Baseline, Preparation
+from kore.baselines.ewc import EWC, FullEWC
 from kore.baselines.full import FullFineTuning
 from kore.baselines.lora import LoRA
 from kore.baselines.lwf import LwF
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["BASELINES", "METHODS", "NULL_SPACE", "Baseline", "Preparation", "baseline", "baseline_of", "prepare_model"]
 
-BASELINES: Mapping[str, type[Baseline]] = MappingProxyType(
-    {kind.method: kind for kind in (Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2, Replay, LwF)}
+_KINDS: tuple[type[Baseline], ...] = (
+    *(Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2),
+    *(Replay, EWC, FullEWC, LwF),
 )
+BASELINES: Mapping[str, type[Baseline]] = MappingProxyType({kind.method: kind for kind in _KINDS})
 METHODS = tuple(BASELINES)
 NULL_SPACE = tuple(name for name, kind in BASELINES.items() if kind.reads_covariance)
 """The methods that need a covariance."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from kore.baselines.base import Options
-from kore.baselines.drawing import draw
 from kore.baselines.lora import LoRA
+from kore.data.drawing import draw
 from kore.errors import ConfigError
 
 if TYPE_CHECKING:

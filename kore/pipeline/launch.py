@@ -43,6 +43,9 @@ def train_command(stage: TrainStage) -> list[str]:
     command += ["--output", str(stage.output), "--seed", str(stage.seed), "--format", new.format]
     command += ["--on-bad-row", new.on_bad_row]
     command += ["--full"] if stage.init is None else ["--adapter", str(stage.init)]
+    if stage.in_full is not None:
+        for key in ("method", "options"):
+            command += ["--set", f"adapter.{key}={_yaml(getattr(stage.in_full, key))}"]
     for file in new.files:
         command += ["--data", str(file)]
     if new.image_root is not None:

@@ -291,7 +291,7 @@ def _run(report: Any, config: RunConfig, out: Path) -> None:
             "model": config.model.path,
             "method": adapter.method,
             "recipe": config.recipe_line(),
-            "rank": adapter.rank if adapter.method != "full" else None,
+            "rank": adapter.rank if not adapter.baseline().in_full else None,
             "old data": ", ".join(str(file) for file in config.old.files) if config.old else None,
             "new data": ", ".join(str(file) for file in config.new_data.files),
             "learning rate": config.train.learning_rate,

@@ -62,6 +62,7 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
         gradients=gradients,
         recipe=config.recipe,
         old=config.old_conversations,
+        in_full=config.adapter if method.in_full else None,
     )
     stages.append(train)
     if asks:

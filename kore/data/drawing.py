@@ -1,13 +1,11 @@
-"""Old conversations drawn at random, in the shares of the files they come from."""
+"""Conversations drawn at random, in the shares of the files they come from."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from kore.data import Conversation
+from kore.data.types import Conversation
 
 
 def draw(conversations: Sequence[Conversation], count: int, seed: int) -> list[Conversation]:
