@@ -225,7 +225,6 @@ def train(
         recipe=recipe,
         old=getattr(options, "old", None),
         in_full=options.adapter if full else None,
-        in_full=options.adapter if full else None,
     )
     if process_count() > 1:
         from kore.pipeline.workbench import Workbench
