@@ -59,10 +59,10 @@ def command(out: Path, ports: dict[str, int]) -> list[str]:
     loopback = {"own": OWN, "names": NAMES, "search": f"http://{place}/search.json"}
     settings = {
         "generator.api_key_env": "OPENAI_API_KEY",
-        "generator.timeout": 2,
+        "generator.timeout": 5,
         "limits.backoff": 0.1,
         "images.delay": 0,
-        "images.timeout": 2,
+        "images.timeout": 5,
     }
     words = ["augment", str(EXAMPLE / "knowledge.jsonl"), "-o", str(out), "-m", "scripted", "--images", "serpapi"]
     words += ["--base-url", f"http://{OWN}:{ports['chat']}/v1", "--export", "sharegpt,openai,plain"]
@@ -189,6 +189,7 @@ def measure(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
         "kills": killed,
         "seconds": {"calm": round(calm_seconds, 1), "last part": round(rough_seconds, 1)},
         "requests": {"calm": peace, "rough": war - peace, "again": len(asked) - war},
+        "chat_requests_again": sum(row["server"] == "chat" for row in asked[war:]),
         "chat_faults": Counter(row["fault"] for row in chat if row["fault"]),
         "picture_faults": Counter(row["fault"] for row in pictures if row["fault"]),
         "files": len(before),

@@ -33,7 +33,7 @@ OWN, INSIDE = "127.0.0.2", "127.0.0.1"
 PICTURES, FORBIDDEN, ELSEWHERE = "pictures.test", "inside.test", "elsewhere.test"
 NAMES = {PICTURES: OWN, ELSEWHERE: OWN, FORBIDDEN: INSIDE}
 KEYS = {"OPENAI_API_KEY": "sk-sentinel-1f83a90c7b", "SERPAPI_API_KEY": "serp-sentinel-5be0cd19aa"}
-HANG = 4.0
+HANG = 7.0
 """Seconds of silence; more than the time-outs that the benchmark sets."""
 FALSE_ROUND = {"question": "Who paid for all of this?", "answer": "King Zog of Ruritania paid 77 million ducats."}
 
