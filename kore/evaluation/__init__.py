@@ -5,6 +5,17 @@
 
 from kore.evaluation.generation import evaluate
 from kore.evaluation.measures import Measures
+from kore.evaluation.prompts import ProcessorPrompts, load_prompts
 from kore.evaluation.results import Answer, EvalResult, LeftOut, Score, load_result
 
-__all__ = ["Answer", "EvalResult", "LeftOut", "Measures", "Score", "evaluate", "load_result"]
+__all__ = [
+    "Answer",
+    "EvalResult",
+    "LeftOut",
+    "Measures",
+    "ProcessorPrompts",
+    "Score",
+    "evaluate",
+    "load_prompts",
+    "load_result",
+]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from kore.data import Encoder
     from kore.data.types import Question
+    from kore.evaluation.prompts import ProcessorPrompts
 
 _log = logging.getLogger(__name__)
 _WEIGHT_SAMPLES = 16
@@ -27,7 +28,7 @@ _WEIGHT_SAMPLES = 16
 
 def evaluate(
     model: torch.nn.Module,
-    encoder: Encoder,
+    encoder: Encoder | ProcessorPrompts,
     questions: Sequence[Question],
     *,
     batch_size: int = 8,
@@ -47,7 +48,8 @@ def evaluate(
 
     Args:
         model: A Hugging Face or PEFT model that can ``generate``; its training mode is restored afterwards.
-        encoder: Turns a question into the model's inputs.
+        encoder: Turns a question into the model's inputs: an :class:`kore.data.Encoder`, or for a family that it does
+            not know :class:`kore.evaluation.ProcessorPrompts`. :func:`kore.evaluation.load_prompts` takes what fits.
         questions: At least one question, the same in all processes.
         batch_size: Questions answered at a time in each process.
         max_new_tokens: Longest answer.
@@ -123,14 +125,18 @@ def _check(questions: Sequence[Question], batch_size: int, max_new_tokens: int, 
 
 
 def _batches(questions: Sequence[Question], batch_size: int) -> list[list[int]]:
-    """All questions, with and without image apart as far as may be, those of similar length together."""
-    order = sorted(range(len(questions)), key=lambda i: (questions[i].image is None, len(questions[i].text), i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    """All questions, those with and without image apart, those of similar length together."""
+    batches = []
+    for with_image in (True, False):
+        order = [i for i, question in enumerate(questions) if (question.image is not None) == with_image]
+        order.sort(key=lambda i: (len(questions[i].text), i))
+        batches += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches
 
 
 def _askable(
     model: Any,
-    encoder: Encoder,
+    encoder: Encoder | ProcessorPrompts,
     questions: Sequence[Question],
     batches: list[list[int]],
     max_new_tokens: int,
@@ -155,7 +161,9 @@ def _askable(
     return [batch for batch in kept if batch]
 
 
-def _check_length(encoder: Encoder, question: Question, room: int | None, max_new_tokens: int) -> None:
+def _check_length(
+    encoder: Encoder | ProcessorPrompts, question: Question, room: int | None, max_new_tokens: int
+) -> None:
     where = question.source or f"question {question.question_id!r}"
     tokens = encoder.measure(question.conversation(), part="prompt")
     length = len(tokens.ids)
@@ -189,7 +197,7 @@ def _refuse(index: int, error: DataError, on_bad_question: str, bad: dict[int, s
 
 def _generate(
     model: Any,
-    encoder: Encoder,
+    encoder: Encoder | ProcessorPrompts,
     questions: Sequence[Question],
     batches: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -209,7 +217,7 @@ def _generate(
             if not examples:
                 continue
             inputs = encoder.collate(list(examples.values()), padding_side="left")
-            inputs = {name: value.to(device) for name, value in inputs.items() if name != "labels"}
+            inputs = {name: _placed(value, model, device) for name, value in inputs.items() if name != "labels"}
             with torch.no_grad():
                 tokens = model.generate(**inputs, generation_config=settings)
             prompt = inputs["input_ids"].shape[1]
@@ -218,8 +226,18 @@ def _generate(
         model.train(was_training)
 
 
+def _placed(value: torch.Tensor, model: Any, device: torch.device) -> torch.Tensor:
+    """On the model's device, pixels in its dtype."""
+    dtype = getattr(model, "dtype", None) if value.is_floating_point() else None
+    return value.to(device, dtype or value.dtype)
+
+
 def _encoded(
-    encoder: Encoder, questions: Sequence[Question], batch: Sequence[int], on_bad_question: str, bad: dict[int, str]
+    encoder: Encoder | ProcessorPrompts,
+    questions: Sequence[Question],
+    batch: Sequence[int],
+    on_bad_question: str,
+    bad: dict[int, str],
 ) -> dict[int, Any]:
     examples = {}
     for index in batch:
@@ -239,7 +257,7 @@ def _tracked(batches: Sequence[Sequence[int]], progress: bool) -> Iterator[Seque
     return iter(track(batches, "answering", console=console, disable=quiet, transient=True))
 
 
-def _generation_config(model: Any, encoder: Encoder, max_new_tokens: int) -> Any:
+def _generation_config(model: Any, encoder: Encoder | ProcessorPrompts, max_new_tokens: int) -> Any:
     """Plain greedy decoding; a checkpoint's own sampling and repetition settings are left out."""
     from transformers import GenerationConfig
 

@@ -293,7 +293,7 @@ class EvalStage:
         for group, questions in self._sets():
             result = evaluate(
                 model,
-                context.encoder,
+                context.prompts,
                 self._questions(questions),
                 batch_size=self.settings.batch_size,
                 max_new_tokens=self.settings.max_new_tokens,

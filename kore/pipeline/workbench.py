@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from kore.data import Conversations, Encoder
+    from kore.evaluation import ProcessorPrompts
 
 
 class Workbench:
@@ -39,6 +40,19 @@ class Workbench:
             from kore.data import Encoder
 
             self._encoder = Encoder.from_pretrained(self.section.path)
+        return self._encoder
+
+    @property
+    def prompts(self) -> Encoder | ProcessorPrompts:
+        """The encoder, or the own processor of a model whose family it does not know: enough to ask questions."""
+        from kore.data import Encoder
+        from kore.evaluation import load_prompts
+
+        if self._encoder is None:
+            found = load_prompts(self.section.path)
+            if not isinstance(found, Encoder):
+                return found
+            self._encoder = found
         return self._encoder
 
     def conversations(self, section: DataSection, seed: int, require_answer: bool = True) -> Conversations:
