@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"
@@ -21,11 +22,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: Iterable[str], name_starts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_bpe(
+    texts: Iterable[str], name_starts: Iterable[str], special: Iterable[str], vocabulary: int = 1000
+) -> Tokenizer:
     """Byte-level BPE trained on the texts. A name is cut after its first syllable before any merge, so that a new
     name is made of two known tokens, as a rare name is for a large model's tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     name_start = Regex(f" ?(?:{'|'.join(name_starts)})(?=[a-z])")
@@ -34,15 +36,22 @@ def build_tokenizer(texts: Iterable[str], name_starts: Iterable[str]) -> PreTrai
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000,
+        vocab_size=vocabulary,
         min_frequency=2,
-        special_tokens=list(_SPECIAL),
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def build_tokenizer(texts: Iterable[str], name_starts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """:func:`train_bpe` with the special tokens and the chat template of the demo's LLaVA."""
+    from transformers import PreTrainedTokenizerFast
+
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=train_bpe(texts, name_starts, _SPECIAL),
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
@@ -54,7 +63,9 @@ def build_tokenizer(texts: Iterable[str], name_starts: Iterable[str]) -> PreTrai
     return fast
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, patch_size: int = 8) -> LlavaForConditionalGeneration:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, patch_size: int = 8, intermediate_size: int = 512
+) -> LlavaForConditionalGeneration:
     """CLIP tower 96 wide, 2 layers, 32-pixel pictures; Llama 192 wide, 3 layers; two-layer projector."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -69,7 +80,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, patch_size: int = 8) -> Llav
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
-        intermediate_size=512,
+        intermediate_size=intermediate_size,
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=6,

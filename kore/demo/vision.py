@@ -17,8 +17,8 @@ from torch import nn
 from kore.demo.world import drawing, old
 
 PRACTICE_GLYPHS = range(old.ANIMAL_GLYPHS.start, old.ANIMAL_GLYPHS.start + 96)
-_NONE = -100
-_HEADS = {
+NONE = -100
+HEADS = {
     "digit": 10,
     "colour": len(drawing.COLOURS),
     "left_digit": 10,
@@ -36,10 +36,10 @@ class Heads(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(len(_HEADS), dim) / math.sqrt(dim))
+        self.queries = nn.Parameter(torch.randn(len(HEADS), dim) / math.sqrt(dim))
         self.key = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
-        self.classifiers = nn.ModuleList(nn.Linear(dim, classes) for classes in _HEADS.values())
+        self.classifiers = nn.ModuleList(nn.Linear(dim, classes) for classes in HEADS.values())
 
     def forward(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         tokens = self.norm(tokens)
@@ -58,7 +58,7 @@ def pixels(images: list) -> torch.Tensor:
 
 
 def _example(split: str, rng: np.random.Generator):
-    label = dict.fromkeys(_HEADS, _NONE)
+    label = dict.fromkeys(HEADS, NONE)
     colours = tuple(drawing.COLOURS)
     kind = rng.choice(4, p=[0.22, 0.4, 0.06, 0.32])
     chosen = [int(c) for c in rng.permutation(len(colours))]
@@ -83,7 +83,8 @@ def _example(split: str, rng: np.random.Generator):
     return image, label
 
 
-def _draw(split: str, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(split: str, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures, (size, 32, 32, 3) uint8, and a label for every head, (size, heads), NONE where a head is not asked."""
     examples = [_example(split, rng) for _ in range(size)]
     pictures = np.stack([np.asarray(image) for image, _ in examples])
     return torch.from_numpy(pictures), torch.tensor([list(label.values()) for _, label in examples])
@@ -94,7 +95,7 @@ def train_tower(
 ) -> dict[str, float]:
     """Train a CLIP vision model in place; returns the accuracy of every head on the validation digits."""
     rng = np.random.default_rng((seed, 31))
-    pictures, answers = _draw("train", pool, rng)
+    pictures, answers = draw("train", pool, rng)
     heads = Heads(tower.config.hidden_size)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02, betas=(0.9, 0.98))
@@ -106,7 +107,7 @@ def train_tower(
         images, labels = _pixels(pictures[drawn]), answers[drawn]
         logits = heads(tower(pixel_values=images).last_hidden_state[:, 1:])
         losses = (
-            nn.functional.cross_entropy(logit, labels[:, i], ignore_index=_NONE, reduction="sum")
+            nn.functional.cross_entropy(logit, labels[:, i], ignore_index=NONE, reduction="sum")
             for i, logit in enumerate(logits)
         )
         loss = sum(losses, torch.zeros(())) / batch_size
@@ -123,11 +124,11 @@ def train_tower(
 @torch.no_grad()
 def _accuracy(tower: Any, heads: Heads) -> dict[str, float]:
     tower.eval()
-    images, labels = _draw("validation", 2000, np.random.default_rng(5))
+    images, labels = draw("validation", 2000, np.random.default_rng(5))
     logits = heads(tower(pixel_values=_pixels(images)).last_hidden_state[:, 1:])
     result = {}
-    for i, name in enumerate(_HEADS):
-        asked = labels[:, i] != _NONE
+    for i, name in enumerate(HEADS):
+        asked = labels[:, i] != NONE
         right = logits[i].argmax(-1)[asked] == labels[asked, i]
         result[name] = round(right.float().mean().item(), 4)
     return result

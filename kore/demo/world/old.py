@@ -5,14 +5,14 @@ Every question ends with an instruction that fixes the form of the answer: one w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image
 
 from kore.demo.world.drawing import COLOURS, SHAPES, digit_indices, draw_digits, draw_glyph, draw_shape
 from kore.demo.world.names import ANIMALS, FOODS, HOMES, KEEPERS, NUMBERS
-from kore.demo.world.splits import Item, stream
+from kore.demo.world.splits import Item, Phrasings, stream
 from kore.demo.world.wordings import ANIMAL_QUESTIONS, ANIMAL_SENTENCES, FACTS, SUBJECTS, TASK_WORDINGS
 
 SHORT = "Answer in one word."
@@ -159,10 +159,10 @@ def animal_items(split: str, rng: np.random.Generator, count: int = 1) -> list[I
     return items
 
 
-def scene_item(task: str, scene: Scene, kind: str) -> Item:
+def scene_item(task: str, scene: Scene, kind: str, wordings: Mapping[str, Phrasings] = TASK_WORDINGS) -> Item:
     """A question of a task about a scene of a kind of SCENES."""
     image, words, short, sentence = SCENES[kind][task](scene)
-    question = TASK_WORDINGS[task].pick(scene.split, scene.rng, **words)
+    question = wordings[task].pick(scene.split, scene.rng, **words)
     if short is None or scene.rng.random() < LONG_SHARE:
         return Item(task, image, f"{question} {LONG}", sentence)
     return Item(task, image, f"{question} {SHORT}", short)

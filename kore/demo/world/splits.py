@@ -25,12 +25,13 @@ class Phrasings:
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its answer and, for most tasks, a picture."""
+    """A question with its answer and, for most tasks, a picture; ``history`` are the rounds before it."""
 
     task: str
     image: Image.Image | None
     question: str
     answer: str
+    history: tuple[tuple[str, str], ...] = ()
 
 
 def stream(seed: int, split: str, *what: int) -> np.random.Generator:
