@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,16 @@ def penalty(model, encoder, conversations, strength: float):
     options = {"progress": False, "distributed": False}
     cov, gradients = (capture(model, batches, **options) for capture in (capture_covariance, capture_output_gradients))
     return two_sided(model, cov, gradients, strength)
+
+
+def by_method(model, encoder, root: Path, method: str, options: dict[str, Any]):
+    """The data that a baseline trains on and its penalty, with the pictures as new data and the texts as old."""
+    from kore.baselines import baseline
+    from kore.data import load_conversations
+
+    new = load_conversations(root / "data" / "conversations.json", image_root=root / "data" / "images")
+    old, chosen = load_conversations(root / "text" / "conversations.json"), baseline(method, **options)
+    return chosen.conversations(new, old), chosen.penalty(model, encoder, old)
 
 
 def kill_at(step: int) -> None:
@@ -59,7 +70,9 @@ def main() -> None:
     conversations = load_conversations(root / "data" / "conversations.json", image_root=root / "data" / "images")
     conversations += load_conversations(root / "text" / "conversations.json")
     strength = options.get("strength")
-    protection = None if strength is None else penalty(model, encoder, conversations, strength)
+    protection: Any = None if strength is None else penalty(model, encoder, conversations, strength)
+    if "options" in options:
+        conversations, protection = by_method(model, encoder, root, options["method"], options["options"])
     train(model, encoder, conversations, options["config"], output, penalty=protection)
     rank = os.environ.get("RANK", "0")
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
