@@ -327,3 +327,28 @@ def test_wrong_words_are_refused(two, capsys, words, expected, monkeypatch):
     monkeypatch.chdir(two)
     status, said = run(capsys, *("a" if word == "A" else "=a" if word == "=A" else word for word in words))
     assert status == 2 and expected in said
+
+
+def test_other_measures_and_a_stopped_command_ask_nothing_again(tmp_path, capsys, monkeypatch):
+    from kore.data import Encoder
+    from tests.tiny import save_tiny
+
+    save_tiny("llama", tmp_path / "model")
+    for name in ("new", "old"):
+        rows = [{"question_id": i, "text": f"Who is {i}?", "answer": "red", "type": f"t{i % 2}"} for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["-m", tmp_path / "model", "-q", tmp_path / "new.jsonl", "--old", tmp_path / "old.jsonl", "--device", "cpu"]
+    words += ["-o", tmp_path / "out", "--max-new-tokens", 2]
+    status, said = run(capsys, *words)
+    assert status == 0 and re.search(r"K\.A 0\.00\nK\.R 0\.00", said) and "t1" in said
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["measures"] == {"cem": "vqa", "f1": "multiset"} and scores["intervals"] == {
+        "ka": [None, None],
+        "kr": [None, None],
+    }
+    monkeypatch.setattr(Encoder, "encode", None)
+    status, said = run(capsys, *words, "--f1", "set", "--cem", "evoke")
+    assert status == 0, said
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["measures"] == {"cem": "evoke", "f1": "set"}
+    status, said = run(capsys, *words, "--f1", "set", "--cem", "evoke")
+    assert status == 0 and "skipped" in said

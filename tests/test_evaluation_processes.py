@@ -96,5 +96,6 @@ def test_the_command_in_two_processes(folder, tmp_path):
     ended = torchrun("kore", "eval", *words, "-o", f"{tmp_path}/eval")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("11 questions") == 1 and ended.stdout.count("result: ") == 1
+    assert "K.A " in ended.stdout and (tmp_path / "eval" / "report.html").is_file()
     answers = [answer.prediction for answer in load_result(tmp_path / "eval" / "new" / "q").answers]
     assert answers == [answer.prediction for answer in load_result(folder / "one").answers]

@@ -98,7 +98,7 @@ def test_a_lost_result_is_made_again(tmp_path):
     step = Step(tmp_path / "a")
     go(step)
     (tmp_path / "a" / "result").unlink()
-    assert go(step)[0][2] == "again, its result is gone"
+    assert go(step)[0][2] == "again, its result is not as asked"
     record_file(step.output).write_text("{broken")
     with pytest.raises(ArtifactError, match="no record of how it was made"):
         go(step)

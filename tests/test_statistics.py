@@ -120,7 +120,7 @@ def two_way(rng: np.random.Generator, runs: int, n: int) -> np.ndarray:
     return rng.normal(0, 1, (runs, 1)) + rng.normal(0, 3, (1, n)) + rng.normal(0, 2, (runs, n))
 
 
-@pytest.mark.parametrize("runs", [2, 3, 6])
+@pytest.mark.parametrize("runs", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)])
 def test_coverage_over_seeds_and_questions_together(runs):
     covered = coverage(
         lambda x: st.hierarchical_interval(x, resamples=600), lambda rng: two_way(rng, runs, 40), 0.0, 250

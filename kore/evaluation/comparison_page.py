@@ -201,7 +201,8 @@ def _range(one: Interval) -> str:
 
 def _change(one: Difference) -> str:
     at = one.interval
-    return f"{at.value:+.2f}{f' [{at.low:+.1f}, {at.high:+.1f}]' if at.low is not None else ''}"
+    text = f"{at.value:+.2f}{f' [{at.low:+.1f}, {at.high:+.1f}]' if at.low is not None else ''}"
+    return text.replace("-", "−")
 
 
 def _p(value: float | None) -> str:

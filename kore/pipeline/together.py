@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from kore.covariance import CovarianceSet
     from kore.distributed import Processes
 
+_LONGEST_WAIT = timedelta(days=2)
 C = TypeVar("C")
 T = TypeVar("T")
 
@@ -83,7 +85,8 @@ def _process_group() -> Iterator[Processes]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    # A process that has answered or captured its share waits for slower ones; torchrun ends all when one dies.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_LONGEST_WAIT)
     try:
         yield Processes()
     finally:

@@ -308,32 +308,6 @@ def type_bars(
     return figure
 
 
-def type_radar(scores: Mapping[str, Mapping[str, float]]) -> Figure:
-    """The same as one polygon for each name over at least three types, as the paper draws it.
-
-    Args:
-        scores: For each name and type a value in percent; all names have the same types.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    ax: Any = figure.add_subplot(projection="polar")
-    types = list(next(iter(scores.values()), {}))
-    angles = np.linspace(0, 2 * np.pi, len(types), endpoint=False)
-    for colour, (name, each) in zip(_colours(), scores.items()):
-        values = [each[kind] for kind in types]
-        ax.plot([*angles, *angles[:1]], [*values, *values[:1]], color=colour, linewidth=1.6, label=name)
-        ax.fill(angles, values, color=colour, alpha=0.08)
-    ax.set_xticks(angles, types)
-    ax.set_ylim(bottom=0)
-    ax.grid(True, color=_GRID, linewidth=0.8)
-    ax.spines["polar"].set_color(_GRID)
-    ax.patch.set_alpha(0)
-    ax.tick_params(labelcolor=_INK, labelsize=8.5)
-    _legend(figure, ax, len(scores))
-    return figure
-
-
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG on white."""
     buffer = io.BytesIO()
