@@ -5,7 +5,8 @@
 
 ``examples/knowledge`` goes through the command line with a chat server and an image search on loopback
 (``benchmarks.augmentation_servers``): once in peace, and once with faults, killed several times at random moments and
-started again. Then the two results are compared byte for byte. Among the results of every image search are broken and
+started again, until no failure is left that may pass; one run more must ask nothing. Then the two results are compared
+byte for byte. Among the results of every image search are broken and
 forbidden ones, in both runs; so is an untrue round in every first dialogue, and a caption that is never true. The
 numbers go to ``benchmarks/results/augmentation_faults.json``.
 """
@@ -145,7 +146,8 @@ def unaccounted(out: Path) -> list[str]:
     return [f"{i} {t}" for i, t in wanted if (i, t) not in failed and not any(m.startswith(f"{i}-{t}") for m in made)]
 
 
-def failures(out: Path) -> list[dict[str, str]]:
+def failures(out: Path) -> list[dict[str, Any]]:
+    """What could not be made; ``passing`` where another run may make it."""
     return [json.loads(line) for line in (out / "failures.jsonl").read_text("utf-8").splitlines()]
 
 
@@ -174,6 +176,11 @@ def measure(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
             killed += kill(rough, ports, log, calm_seconds * rng.uniform(0.3, 0.9))
             damage += [f"after kill {number + 1}: {each}" for each in damaged(rough)]
         rough_seconds = finish(rough, ports, log)
+        passing = later = [row for row in failures(rough) if row.get("passing")]
+        for _ in range(MOST_REPEATS):
+            if later:
+                finish(rough, ports, log)
+                later = [row for row in failures(rough) if row.get("passing")]
         war = len(requests(folder))
         finish(rough, ports, log)
         asked = requests(folder)
@@ -189,7 +196,7 @@ def measure(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
         "kills": killed,
         "seconds": {"calm": round(calm_seconds, 1), "last part": round(rough_seconds, 1)},
         "requests": {"calm": peace, "rough": war - peace, "again": len(asked) - war},
-        "chat_requests_again": sum(row["server"] == "chat" for row in asked[war:]),
+        "failures_made_good_by_another_run": len(passing),
         "chat_faults": Counter(row["fault"] for row in chat if row["fault"]),
         "picture_faults": Counter(row["fault"] for row in pictures if row["fault"]),
         "files": len(before),
@@ -207,6 +214,7 @@ def _kind(problem: dict[str, str]) -> str:
     return problem["place"].partition("/bad/")[2].partition("/")[0] or problem["reason"]
 
 
+MOST_REPEATS = 3
 MUST_BE_EMPTY = ("files_that_differ", "damaged_files", "unaccounted_tasks", "files_with_a_key")
 MUST_BE_ZERO = ("requests_inside", "requests_elsewhere", "untrue_rounds_kept")
 

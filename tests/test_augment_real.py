@@ -111,7 +111,7 @@ def test_nothing_stays_of_what_a_kill_left_half_written(tmp_path):
 def test_faults_and_kills_change_nothing(tmp_path):
     result = measure(tmp_path, kills=2)
     assert faults_of(result) == []
-    assert result["kills"] >= 1 and result["chat_requests_again"] == 0, result
+    assert result["kills"] >= 1 and result["requests"]["again"] == 0, result
     assert len(result["chat_faults"]) >= 5 and len(result["picture_faults"]) >= 3
     assert result["samples"] == {"dialogue": 12, "recognition": 12, "caption": 11, "vqa": 36}
     assert [failure.partition(":")[0] for failure in result["failures"]] == ["chelsea caption"]
