@@ -88,7 +88,7 @@ def test_the_random_state_of_the_caller_is_left_alone(method):
     [
         ("ewk", {"rank": 4}, "method: expected one of kore, lora, full, random-a"),
         ("lora", {}, "rank: expected a number"),
-        ("lora", {"rank": "match-lora-4"}, "rank: expected a number"),
+        ("lora", {"rank": "energy:0.1"}, "rank: 'energy:0.1' needs a covariance"),
         ("lora", {"rank": 1000}, "larger than d_in"),
         ("kore", {"rank": 4}, "needs a covariance"),
     ],

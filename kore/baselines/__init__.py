@@ -87,8 +87,8 @@ def prepare_model(
         method: One of :data:`METHODS`.
         cov: For the methods in :data:`NULL_SPACE`.
         options: The method's own hyper-parameters, by name.
-        rank: Of the adapter, a number; ``"match-lora-R"`` also, for the methods with a frozen A, and ``"energy:τ"``
-            for those with a covariance, as in :class:`kore.KoreConfig`. Not for ``"full"``.
+        rank: Of the adapter: a number, or ``"match-lora-R"``, which is R itself where A is trained, and ``"energy:τ"``
+            for methods with a covariance, as in :class:`kore.KoreConfig`. Not for methods that train in full.
         targets: The adapted layers, as in :class:`kore.KoreConfig`.
         modules_to_save: Modules trained in full beside the adapter, by default the projector.
         seed: Of A.

@@ -61,6 +61,7 @@ class Baseline:
         reads_covariance: Whether :meth:`prepare` needs the covariance of old inputs.
         reads_old: Whether :meth:`conversations` or :meth:`penalty` need old conversations with answers.
         in_full: Whether the model itself is trained, without an adapter.
+        trains_a: Whether A of the adapter is trained, so that rank match-lora-R is R.
         options: Its hyper-parameters.
     """
 
@@ -70,6 +71,7 @@ class Baseline:
     reads_covariance: ClassVar[bool] = False
     reads_old: ClassVar[bool] = False
     in_full: ClassVar[bool] = False
+    trains_a: ClassVar[bool] = True
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, **options: Any) -> None:

@@ -19,17 +19,16 @@ class LoRA(Baseline):
     source = "Hu et al. 2022, arXiv 2106.09685"
 
     def prepare(self, model: nn.Module, how: Preparation) -> nn.Module:
-        """A PeftModel around ``model``. Raises ConfigError where the rank is no number."""
+        """A PeftModel around ``model``. Raises ConfigError for a rank that is missing, too large or ``"energy:τ"``."""
         from kore.adapter import resolve_rank
         from kore.adapter.wrap import check_unadapted, wrap_lora
         from kore.models import model_fingerprint, resolve_targets
 
-        if not isinstance(how.rank, int):
-            got = "none" if how.rank is None else repr(how.rank)
-            raise ConfigError(f"rank: expected a number for method {self.method!r}, got {got}")
+        if how.rank is None:
+            raise ConfigError(f"rank: expected a number or match-lora-R for method {self.method!r}, got none")
         check_unadapted(model)
         names = resolve_targets(model, how.targets)
-        rank = resolve_rank(model, names, how.rank)
+        rank = resolve_rank(model, names, how.rank, train_a=True)
         fingerprint = model_fingerprint(model)
         alpha = 2 * rank if how.lora_alpha is None else how.lora_alpha
         peft_model: Any = wrap_lora(model, names, rank, alpha, how.modules_to_save, how.seed)

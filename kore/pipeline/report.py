@@ -142,6 +142,7 @@ def _training(report: Any, out: Path) -> None:
     facts = {"steps": last.get("step"), "epochs": last.get("epoch"), "last loss": loss}
     if "penalty" in last:
         facts |= {"of that, the penalty": f"{last['penalty']:.4f}"}
+    if "old_divergence" in last:
         facts |= {"estimated cost on old data": f"{last['old_divergence']:.2g} nats for each old token"}
     report.facts(facts)
 

@@ -73,7 +73,7 @@ class InitStage:
                 check_fingerprint(load_covariance(path).fingerprint, context.base(), f"the covariance {path}")
         names = resolve_targets(context.base(), settings.targets)
         if not paths or energy_share(settings.rank) is None:
-            trains_a = settings.train_a or settings.method == "lora-null-v1"
+            trains_a = settings.train_a or settings.baseline().trains_a
             resolve_rank(context.base(), names, settings.rank, trains_a)
 
     def run(self, context: Workbench) -> str:
