@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -208,7 +209,7 @@ def _generate(
     import torch
 
     settings = _generation_config(model, encoder, max_new_tokens)
-    device = next(model.parameters()).device
+    device, unused = next(model.parameters()).device, _unused(model)
     was_training = model.training
     model.eval()
     try:
@@ -217,13 +218,21 @@ def _generate(
             if not examples:
                 continue
             inputs = encoder.collate(list(examples.values()), padding_side="left")
-            inputs = {name: _placed(value, model, device) for name, value in inputs.items() if name != "labels"}
+            inputs = {name: _placed(value, model, device) for name, value in inputs.items() if name not in unused}
             with torch.no_grad():
                 tokens = model.generate(**inputs, generation_config=settings)
             prompt = inputs["input_ids"].shape[1]
             yield {i: encoder.decode(row[prompt:]).strip() for i, row in zip(examples, tokens)}
     finally:
         model.train(was_training)
+
+
+def _unused(model: Any) -> set[str]:
+    """What tokenizers and encoders may give that ``generate`` refuses."""
+    from kore.models import base_model
+
+    taken = inspect.signature(base_model(model).forward).parameters
+    return {"labels"} | ({"token_type_ids"} - set(taken))
 
 
 def _placed(value: torch.Tensor, model: Any, device: torch.device) -> torch.Tensor:

@@ -160,7 +160,8 @@ def _reason(record: Mapping[str, Any], inputs: Mapping[str, Any], same: bool, ag
     if again:
         return "again, as asked"
     if same:
-        return "goes on where it was stopped" if record.get("state") == "running" else "again, its result is not as asked"
+        running = record.get("state") == "running"
+        return "goes on where it was stopped" if running else "again, its result is not as asked"
     before = record.get("inputs", {})
     changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
     if not changed:
