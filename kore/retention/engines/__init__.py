@@ -1,0 +1,1 @@
+"""The programs that run benchmarks, each in a process of its own."""
