@@ -18,6 +18,7 @@ from kore.data import Encoder, load_conversations, load_questions, prompt_batche
 from kore.demo.world.splits import Item
 from kore.errors import ConfigError
 from kore.reproduce.families import FAMILIES, family
+from kore.reproduce.optimizer import Muon
 from kore.reproduce.prepare import Sizes, World, prepare_world
 from kore.reproduce.pretrain import ABOUT, Pool, Schedule, Writer, loss_of
 from kore.reproduce.scoring import dimension_scores, is_right, task_scores
@@ -47,10 +48,12 @@ def _training_loss(world: World, model: torch.nn.Module, encoder: Encoder, conve
         pool.examples.append(writer.encode(items, len(pool.sizes), kind.image_tokens(image.size)))
         pool.sizes.append(image.size)
     encoded = [encoder.encode(conversation) for conversation in conversations]
-    for example, expected in zip(pool.examples, encoded):
+    for example, expected, conversation in zip(pool.examples, encoded, conversations):
         length = len(expected["input_ids"])
         assert example.ids[:length] == expected["input_ids"].tolist()
         assert example.labels[:length] == expected["labels"].tolist()
+        assert sum(example.weights) == pytest.approx(len(conversation.messages) / 2)
+        example.weights = [1.0] * len(example.weights)  # as in the model's own loss
     if world.family == "qwen2.5-vl":
         assert len(set(pool.sizes)) > 1  # otherwise nothing is seen of M-RoPE
     return loss_of(model, kind, pool, pool.examples, encoder.tokenizer.get_vocab()[kind.image_token]).item()
@@ -137,6 +140,19 @@ def test_a_form_counts_when_it_is_obeyed(form: str, right: str, wrong: str) -> N
 def test_an_unknown_family_is_named() -> None:
     with pytest.raises(ConfigError, match=r"expected one of llava, qwen2\.5-vl, got 'gpt'"):
         family("gpt")
+
+
+def test_muon_moves_a_matrix_by_an_orthogonal_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((24, 40), (40, 24)):
+        weight = torch.nn.Parameter(torch.randn(shape))
+        start, optimizer = weight.detach().clone(), Muon([weight], lr=0.5, weight_decay=0.0)
+        weight.grad = torch.randn(24, 3).matmul(torch.randn(3, 40)).view(shape) + 0.1 * torch.randn(shape)
+        optimizer.step()
+        moved = (start - weight.detach()) / 0.5 / max(1.0, shape[0] / shape[1]) ** 0.5
+        values = torch.linalg.svdvals(moved)
+        assert values.min() > 0.6 and values.max() < 1.3
+        assert torch.nn.functional.cosine_similarity(moved.flatten(), weight.grad.flatten(), dim=0) > 0.3
 
 
 @pytest.mark.slow

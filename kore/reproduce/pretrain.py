@@ -25,6 +25,7 @@ from kore.artifacts import atomic_write, load_tensors, read_json, save_tensors
 from kore.demo.world.names import ALL_NAMES
 from kore.demo.world.splits import Item
 from kore.reproduce.families import Family, QwenVL, decoder, family, projector, vision_tower
+from kore.reproduce.optimizer import Training
 from kore.reproduce.world.lore import Lore, lore
 from kore.reproduce.world.old import conversations
 
@@ -62,10 +63,11 @@ QUICK = Schedule(steps=300, pictures=5000, rounds=3, tower_steps=600, tower_pict
 
 @dataclass
 class Example:
-    """One conversation, ready for the language model."""
+    """One conversation, ready for the language model; ``weights`` of an answer's tokens add up to 1."""
 
     ids: list[int]
     labels: list[int]
+    weights: list[float]
     picture: int | None
 
 
@@ -97,7 +99,7 @@ class Writer:
     def encode(self, items: Sequence[Item], picture: int | None, image_tokens: int) -> Example:
         """A conversation; rounds before a question (``history``) are rounds like the others."""
         ids = list(self._ids(self.kind.opening())) if self.kind.opening() else []
-        labels = [_IGNORE] * len(ids)
+        labels, weights = [_IGNORE] * len(ids), [0.0] * len(ids)
         rounds = [turn for item in items for turn in (*item.history, (item.question, item.answer))]
         for number, (question, answer) in enumerate(rounds):
             asked, said, after = self.kind.turn(question, answer, image_tokens if number == 0 else 0)
@@ -105,7 +107,8 @@ class Writer:
                 part = self._ids(text) if text else ()
                 ids += part
                 labels += part if learned else [_IGNORE] * len(part)
-        return Example(ids, labels, picture)
+                weights += [1 / len(part) if learned else 0.0] * len(part)
+        return Example(ids, labels, weights, picture)
 
 
 @dataclass
@@ -153,16 +156,18 @@ def batches(pool: Pool, schedule: Schedule, rng: np.random.Generator) -> Iterato
 
 
 def loss_of(model: Any, kind: Family, pool: Pool, batch: Sequence[Example], image_id: int) -> torch.Tensor:
-    """Mean cross-entropy over the answer tokens of a batch.
+    """Weighted mean of the cross-entropy over the answer tokens of a batch. One word weighs as much as a sentence:
+    most words of a sentence are known before the picture is seen.
 
     Padding is on the right, so a causal model needs no mask; logits are made for answers only.
     """
     longest = max(len(example.ids) for example in batch)
     ids = torch.zeros((len(batch), longest), dtype=torch.int64)
-    labels = torch.full_like(ids, _IGNORE)
+    labels, weights = torch.full_like(ids, _IGNORE), torch.zeros(ids.shape)
     for row, example in enumerate(batch):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
         labels[row, : len(example.labels)] = torch.tensor(example.labels)
+        weights[row, : len(example.weights)] = torch.tensor(example.weights)
     language = decoder(model)
     embedded = language.embed_tokens(ids)
     shown = [example.picture for example in batch if example.picture is not None]
@@ -174,7 +179,9 @@ def loss_of(model: Any, kind: Family, pool: Pool, batch: Sequence[Example], imag
     hidden = language(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
     wanted = labels[:, 1:] != _IGNORE
     logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
-    return nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
+    losses = nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
+    weight = weights[:, 1:][wanted]
+    return (losses * weight).sum() / weight.sum()
 
 
 def train_language(
@@ -185,18 +192,11 @@ def train_language(
     vision_tower(model).requires_grad_(False)
     projector(model).requires_grad_(True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.rate, weight_decay=0.02, betas=(0.9, 0.98))
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, schedule.rate, total_steps=schedule.steps, pct_start=0.05
-    )
+    training = Training(parameters, decoder(model).layers, schedule.rate, schedule.steps)
     clock, drawn = Clock(), batches(pool, schedule, rng)
     for step in range(schedule.steps):
         loss = loss_of(model, kind, pool, next(drawn), image_id)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        one_cycle.step()
+        training.step(loss)
         if step % 50 == 0 or step + 1 == schedule.steps:
             log(f"language {step + 1:5d}/{schedule.steps}  loss {loss.item():.4f}  {clock}")
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from kore.demo.vision import HEADS, NONE, Heads, draw, pixels
 from kore.reproduce.families import QwenVL
+from kore.reproduce.optimizer import Training
 
 TEACHING = 4.0
 
@@ -106,8 +107,7 @@ def train_tower(
     log(f"vision: {pool} pictures  {time.perf_counter() - started:.0f} s")
     heads = PlacedHeads(tower.config.hidden_size, taught.shape[1])
     parameters = [p for name, p in tower.named_parameters() if not name.startswith("merger.")] + [*heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.02, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    training = Training(parameters, tower.blocks, rate, steps)
     tower.train()
     for step in range(steps):
         drawn = torch.from_numpy(rng.integers(pool, size=batch_size))
@@ -121,11 +121,7 @@ def train_tower(
         asked = sum(losses, torch.zeros(())) / batch_size
         regression = nn.functional.mse_loss(seen, _at_patches(family, taught[drawn], size))
         loss = asked + TEACHING * regression
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        training.step(loss)
         if step % 100 == 0:
             values = f"loss {asked.item():.3f}  regression {regression.item():.3f}"
             log(f"vision {step:5d}  {values}  {time.perf_counter() - started:.0f} s")
