@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from kore.data import Encoder
+    from kore.training.config import TrainConfig
     from kore.training.dataset import TrainingSet
 
 
@@ -36,6 +37,7 @@ class Start:
         untouched_loss: Gives the mean loss of the untouched model on the new answer tokens; call it in every process.
         seed: Of what the penalty draws at random.
         on_bad_row: What to do with old examples that cannot be encoded, "fail" or "skip".
+        config: The settings of the run.
     """
 
     model: Any
@@ -46,6 +48,7 @@ class Start:
     untouched_loss: Callable[[], float]
     seed: int = 0
     on_bad_row: str = "fail"
+    config: TrainConfig | None = None
 
     def kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the JSON file ``name`` in the folder holds, the same in every process and in every resumed run.
@@ -90,7 +93,15 @@ class Forward:
 
 
 class Penalty:
-    """What is added to the mean loss over the new answer tokens of an optimizer step. This class adds nothing."""
+    """What is added to the mean loss over the new answer tokens of an optimizer step. This class adds nothing.
+
+    A penalty may also look at each update of the weights, keep a state of its own, and have the last word on them.
+
+    Attributes:
+        reads_gradients: Whether it needs the gradient of every trained parameter whole, so no sharding of any sort.
+    """
+
+    reads_gradients = False
 
     def identity(self) -> dict[str, Any]:
         """What a run with it depends on, JSON-serialisable: another identity is another run."""
@@ -107,6 +118,22 @@ class Penalty:
         """A scalar that is added for each forward pass; over those of a step they add up, so it is a sum over the
         labelled tokens divided by ``forward.count``."""
         return None
+
+    def before_update(self) -> None:
+        """Called before each update of the weights; their gradients, clipped, are in place."""
+
+    def after_update(self) -> None:
+        """Called after each update of the weights; the gradients are still those before it."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold for :meth:`load_state`; asked for in the first process."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint; called after :meth:`begin`, in every process."""
+
+    def finish(self) -> None:
+        """Called after the last step, before the weights are saved as the result; may change them."""
 
     def log(self) -> dict[str, float]:
         """Further numbers for the history, as of the last step."""

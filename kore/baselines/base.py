@@ -59,6 +59,7 @@ class Baseline:
         title: Its name in reports.
         source: Where it is from.
         reads_covariance: Whether :meth:`prepare` needs the covariance of old inputs.
+        penalty_reads_covariance: Whether :meth:`penalty` needs it.
         reads_old: Whether :meth:`conversations` or :meth:`penalty` need old conversations with answers.
         in_full: Whether the model itself is trained, without an adapter.
         trains_a: Whether A of the adapter is trained, so that rank match-lora-R is R.
@@ -68,8 +69,9 @@ class Baseline:
     method: ClassVar[str]
     title: ClassVar[str]
     source: ClassVar[str]
-    reads_covariance: ClassVar[bool] = False
-    reads_old: ClassVar[bool] = False
+    reads_covariance: bool = False
+    penalty_reads_covariance: bool = False
+    reads_old: bool = False
     in_full: ClassVar[bool] = False
     trains_a: ClassVar[bool] = True
     Options: ClassVar[type[Options]] = Options
@@ -105,11 +107,17 @@ class Baseline:
         self.check_old(old)
         return list(new)
 
-    def penalty(self, model: nn.Module, encoder: Encoder, old: Sequence[Conversation] = ()) -> Penalty | None:
+    def penalty(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        old: Sequence[Conversation] = (),
+        cov: CovarianceSet | None = None,
+    ) -> Penalty | None:
         """What is added to the loss, for the prepared model.
 
         Raises:
-            ConfigError: The method needs old conversations and there are none.
+            ConfigError: The method needs old conversations, or the covariance of old inputs, and there are none.
         """
         self.check_old(old)
         return None

@@ -14,6 +14,7 @@ from kore.baselines.lora import LoRA
 if TYPE_CHECKING:
     from torch import nn
 
+    from kore.covariance import CovarianceSet
     from kore.data import Conversation, Encoder
     from kore.protection.consolidation import Consolidation
 
@@ -57,7 +58,13 @@ class EWC(LoRA):
     reads_old = True
     Options = EWCOptions
 
-    def penalty(self, model: nn.Module, encoder: Encoder, old: Sequence[Conversation] = ()) -> Consolidation:
+    def penalty(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        old: Sequence[Conversation] = (),
+        cov: CovarianceSet | None = None,
+    ) -> Consolidation:
         """Raises ConfigError where there are no old conversations."""
         self.check_old(old)
         return _consolidation(self.options, encoder, old, self.options.over)
@@ -75,7 +82,13 @@ class FullEWC(FullFineTuning):
     reads_old = True
     Options = FullEWCOptions
 
-    def penalty(self, model: nn.Module, encoder: Encoder, old: Sequence[Conversation] = ()) -> Consolidation:
+    def penalty(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        old: Sequence[Conversation] = (),
+        cov: CovarianceSet | None = None,
+    ) -> Consolidation:
         """Raises ConfigError where there are no old conversations."""
         self.check_old(old)
         return _consolidation(self.options, encoder, old, "parameters")

@@ -13,6 +13,7 @@ from kore.baselines.lora import LoRA
 if TYPE_CHECKING:
     from torch import nn
 
+    from kore.covariance import CovarianceSet
     from kore.data import Conversation, Encoder
     from kore.protection.distillation import Distillation
 
@@ -44,7 +45,13 @@ class LwF(LoRA):
     source = "Li & Hoiem 2016, arXiv 1606.09282"
     Options = LwFOptions
 
-    def penalty(self, model: nn.Module, encoder: Encoder, old: Sequence[Conversation] = ()) -> Distillation:
+    def penalty(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        old: Sequence[Conversation] = (),
+        cov: CovarianceSet | None = None,
+    ) -> Distillation:
         """Raises ConfigError where the model has no adapter to switch off."""
         from kore.protection.distillation import Distillation
 

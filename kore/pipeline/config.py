@@ -412,7 +412,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _old_data_for_kore(self) -> RunConfig:
         method = self.adapter.baseline()
-        if (method.reads_covariance or method.reads_old) and self.old is None:
+        reads = method.reads_covariance or method.penalty_reads_covariance or method.reads_old
+        if reads and self.old is None:
             raise ValueError(
                 f"old: method {method.method} needs old data to protect; add old.files, or choose another method"
             )

@@ -28,7 +28,7 @@ def build_stages(config: RunConfig) -> list[Stage[Workbench]]:
     if config.augment is not None:
         stages.append(AugmentStage(config.augmented.parent, config.augment, out / "augment-cache"))
     covariance = gradients = init = None
-    if config.old is not None and (protect or config.adapter.needs_covariance):
+    if config.old is not None and (protect or method.reads_covariance or method.penalty_reads_covariance):
         covariance = out / "covariance"
         stages.append(CaptureStage(covariance, model, config.old, config.capture, seed))
         if config.capture.new_samples:

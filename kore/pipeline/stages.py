@@ -149,6 +149,8 @@ class TrainStage:
             own |= {"adapter.method": method.method, **flat("adapter", dict(method.describe()))}
         if self.old is not None and method.reads_old:
             own |= data_inputs("old", self.old)
+        if self.covariance is not None and self._method().penalty_reads_covariance:
+            own["covariance"] = directory_identity(self.covariance)
         if self.protection.strength is None:
             return own
         assert self.covariance is not None and self.gradients is not None
@@ -199,13 +201,18 @@ class TrainStage:
         context.drop()
         settings = self.settings.settings()
         settings.progress = settings.progress and context.progress
+        cov = None
+        if self.covariance is not None and method.penalty_reads_covariance:
+            from kore.covariance import load_covariance
+
+            cov = load_covariance(self.covariance)
         result = train(
             model,
             context.encoder,
             conversations,
             settings,
             self.output,
-            penalty=self._protection(model) or method.penalty(model, context.encoder, old),
+            penalty=self._protection(model) or method.penalty(model, context.encoder, old, cov),
             recipe=self.recipe,
         )
         if self.init is None:

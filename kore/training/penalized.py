@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 _SAMPLES = 256
 
 
-def check_sharding(config: TrainConfig) -> None:
-    """Raise ConfigError where the weights are split in a way that hides them from a penalty: FSDP1 and ZeRO-3."""
+def check_sharding(config: TrainConfig, reads_gradients: bool = False) -> None:
+    """Raise ConfigError where the weights are split in a way that hides them from a penalty: FSDP1 and ZeRO-3.
+
+    One that ``reads_gradients`` can do with no split at all.
+    """
+    if reads_gradients and (config.fsdp or config.deepspeed):
+        raise ConfigError(
+            f"{'fsdp' if config.fsdp else 'deepspeed'}: this method reads whole gradients; train data-parallel instead"
+        )
     if config.fsdp and _fsdp_version(config) != 2:
         raise ConfigError(
             "a penalty: FSDP1 (fsdp) is not supported, its weights are flattened; "

@@ -105,7 +105,7 @@ def train(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("nothing in the model is trainable; wrap it with get_kore_model or baselines.prepare_model")
     if penalty is not None:
-        check_sharding(config)
+        check_sharding(config, penalty.reads_gradients)
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"{output_dir}: expected a directory for the training run, found a file")
@@ -144,6 +144,7 @@ def train(
                 untouched,
                 config.seed,
                 config.on_bad_row,
+                config,
             )
         )
     mark(model, recipe, train=config, protection=penalty if isinstance(penalty, TwoSided) else None)
@@ -222,6 +223,8 @@ def _fit(
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if penalty is not None:
+        penalty.finish()
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if result.model_dir is not None:
         _cast_trained(model, dtypes)

@@ -11,12 +11,16 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from kore.artifacts import load_tensors, save_tensors
 from kore.errors import KoreError
 from kore.models import base_model, projector_name
 from kore.penalty import IGNORE, Forward, Penalty
 from kore.training.checkpoints import keep_newest, mark_complete
 from kore.training.config import TrainConfig
 from kore.training.weights import load_trained, save_trained
+
+STATE = "penalty.safetensors"
+"""The file of a checkpoint for the state of a penalty."""
 
 
 def answer_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
@@ -69,6 +73,19 @@ class LogLastStep(TrainerCallback):
             control.should_log = True
 
 
+class Updates(TrainerCallback):
+    """Tells a penalty of each update of the weights."""
+
+    def __init__(self, penalty: Penalty) -> None:
+        self._penalty = penalty
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._penalty.before_update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._penalty.after_update()
+
+
 class KoreTrainer(Trainer):
     """Trains what requires a gradient, the multimodal projector at its own learning rate.
 
@@ -82,6 +99,8 @@ class KoreTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(LogLastStep)
+        if penalty is not None:
+            self.add_callback(Updates(penalty))
         if config.progress:
             self.add_callback(LossBar)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, in compute_loss
@@ -203,11 +222,18 @@ class KoreTrainer(Trainer):
             load_trained(model, Path(resume_from_checkpoint))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
+        state = Path(resume_from_checkpoint) / STATE
+        if self._penalty is not None and state.is_file():
+            self._penalty.load_state(load_tensors(state))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             directory = Path(str(self.args.output_dir))
-            mark_complete(directory / f"checkpoint-{self.state.global_step}", self.state.global_step)
+            checkpoint = directory / f"checkpoint-{self.state.global_step}"
+            state = {} if self._penalty is None else self._penalty.state()
+            if state:
+                save_tensors(state, checkpoint / STATE)
+            mark_complete(checkpoint, self.state.global_step)
             keep_newest(directory, self._config.save_total_limit)
