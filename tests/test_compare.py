@@ -279,6 +279,16 @@ def test_the_page_stands_alone_and_shows_where_they_differ(two):
     assert float(first["difference"]) == expected.interval.value and float(first["p"]) == expected.p
 
 
+def test_the_largest_differences_come_first(tmp_path):
+    worse, better = ([replace(one, type="t") for one in result([right] * 30).answers] for right in (0, 1))
+    answers = list(better)
+    answers[17] = replace(answers[17], prediction="red kite", f1=1.0)
+    found = compare({name: [Run(new={"x": EvalResult.of(each)})] for name, each in (("a", worse), ("b", answers))})
+    page = Page(write_comparison(found, tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert [part for part in page.text if part.startswith("t · ")][:3] == ["t · q17", "t · q0", "t · q1"]
+    assert not any("do worse than" in part for part in page.text)
+
+
 def test_one_evaluation_has_a_page_too(two):
     left = replace(load_run(two / "a").new["fresh"], left_out=[LeftOut("q99", "no picture")])
     found = compare({"a": [Run(new={"fresh": left})]})
