@@ -20,6 +20,7 @@ from kore.baselines.lwf import LwF
 from kore.baselines.null_space import Kore, LoRANull1, LoRANull2, RandomA
 from kore.baselines.o_lora import OLoRA
 from kore.baselines.replay import Replay
+from kore.baselines.sefe import SEFE
 from kore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ __all__ = ["BASELINES", "METHODS", "NULL_SPACE", "Baseline", "Preparation", "bas
 _KINDS: tuple[type[Baseline], ...] = (
     *(Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2),
     *(Replay, EWC, FullEWC, LwF),
-    OLoRA,
+    *(OLoRA, SEFE),
 )
 BASELINES: Mapping[str, type[Baseline]] = MappingProxyType({kind.method: kind for kind in _KINDS})
 METHODS = tuple(BASELINES)
