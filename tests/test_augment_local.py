@@ -183,6 +183,7 @@ SERVING = importlib.util.find_spec("uvicorn") and importlib.util.find_spec("fast
 SERVE = os.path.join(os.path.dirname(sys.executable), "transformers")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (SERVING and os.path.exists(SERVE)), reason="needs `transformers serve`: pip install 'transformers[serving]'"
 )

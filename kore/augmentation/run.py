@@ -122,9 +122,10 @@ def augment(
     folder = out / CACHE if cache is None else Path(cache).absolute()
     started = time.perf_counter()
     with _named_troubles(out), _terminable(), only_one(out):
-        _claim(out)
+        _check(out)
         items = knowledge if isinstance(knowledge, Knowledge) else read_knowledge(Path(knowledge), config, folder)
         shop = Workshop.open(config, folder, generator)
+        _claim(out)
         try:
             keys, kept = _make_all(items, shop, progress)
         except Stop as stop:
@@ -248,18 +249,25 @@ def _write(items: Knowledge, keys: Sequence[bytes], shop: Workshop, out: Path) -
     return tally, page
 
 
-def _claim(out: Path) -> None:
-    """Make the directory, mark it as one of an augmentation, and clear what a killed run left half-written."""
+def _check(out: Path) -> None:
+    """Raise ArtifactError where ``out`` holds something else."""
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out}: expected a directory or nothing there, found a file; choose another output")
     ours = (out / STATISTICS).is_file() or (out / CACHE).is_dir()
-    # What a killed run was about to write. Nobody else writes here while this process has the directory to itself.
-    left = [path for folder in (out, out / IMAGES) for path in folder.glob(".*.tmp-*") if path.is_file()]
-    if not ours and out.is_dir() and not set(out.iterdir()) <= set(left):
+    if not ours and out.is_dir() and not set(out.iterdir()) <= set(_half_written(out)):
         raise ArtifactError(
             f"{out}: there is something here already that no augmentation has made; delete it or choose another output"
         )
-    for path in left:
+
+
+def _half_written(out: Path) -> list[Path]:
+    """What a killed run was about to write. Nobody else writes here while this process has the directory to itself."""
+    return [path for folder in (out, out / IMAGES) for path in folder.glob(".*.tmp-*") if path.is_file()]
+
+
+def _claim(out: Path) -> None:
+    """Make the directory, mark it as one of an augmentation, and clear what a killed run left half-written."""
+    for path in _half_written(out):
         path.unlink(missing_ok=True)
     if not (out / STATISTICS).is_file():
         atomic_write(out / STATISTICS, json.dumps({"state": "running"}) + "\n")
