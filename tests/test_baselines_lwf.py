@@ -80,7 +80,7 @@ def test_term_and_gradient_are_zero_at_the_start(kind):
 def test_the_teacher_is_the_untouched_model_to_the_bit(kind):
     model, batch = moved(kind), labelled_batch(kind)
     model.base_model.model.eval()  # some part that someone has put into evaluation mode stays there
-    model.base_model.model.lm_head.train()
+    model.get_output_embeddings().train()
     modes = [module.training for module in model.modules()]
     flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
     student = passed(model, batch)
