@@ -1,7 +1,32 @@
 """The methods KORE is compared with, one file each, all used in the same way.
 
 Which model is trained (``prepare``), on which data (``conversations``), and what is added to the loss (``penalty``):
-see :class:`Baseline`.
+see :class:`Baseline`. Formulas, units and options are in the class of each method.
+
+===============  ============================  =================================  ==================================
+method           trained                       stored beside, while it trains     source
+===============  ============================  =================================  ==================================
+``kore``         B, projector                  –                                  arXiv 2510.19316
+``random-a``     B, projector                  –                                  LoRA-FA, arXiv 2308.03303
+``lora-null-v1`` A, B, projector               a constant half of the factors     arXiv 2503.02659
+``lora-null-v2`` B, projector                  –                                  arXiv 2503.02659
+``lora``         A, B, projector               –                                  arXiv 2106.09685
+``full``         language model, projector     –                                  LLaVA, arXiv 2304.08485
+``replay``       A, B, projector; on old data  –                                  arXiv 1811.11682
+``ewc``          A, B, projector               Fisher information and the start   arXiv 1612.00796
+``ewc-full``     language model, projector     Fisher information and the start   arXiv 1612.00796
+``lwf``          A, B, projector               – (a second forward pass)          arXiv 1606.09282
+``moelora``      experts' A, B and routers,    –                                  CoIN, arXiv 2403.08350
+                 projector
+``o-lora``       A, B, projector               A of the task before               arXiv 2310.14152
+``sefe``         A, B, projector; on more      2 % of the places in the weights   arXiv 2505.02486
+                 styles of the data
+``cia``          A, B, projector               their moving average, a gradient   arXiv 2410.10868
+===============  ============================  =================================  ==================================
+
+At one rank the methods that train A and B have one number of trained parameters; ``match-lora-R`` gives it to a frozen
+A as well. Old conversations: ``replay`` trains on some, ``ewc`` measures on them, ``o-lora`` and ``sefe`` train the
+adapter of the task before on them.
 """
 
 from __future__ import annotations
@@ -13,6 +38,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kore.baselines.base import Baseline, Preparation
+from kore.baselines.cia import CIA
 from kore.baselines.ewc import EWC, FullEWC
 from kore.baselines.full import FullFineTuning
 from kore.baselines.lora import LoRA
@@ -33,7 +59,7 @@ __all__ = ["BASELINES", "METHODS", "NULL_SPACE", "Baseline", "Preparation", "bas
 _KINDS: tuple[type[Baseline], ...] = (
     *(Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2),
     *(Replay, EWC, FullEWC, LwF),
-    *(OLoRA, SEFE),
+    *(OLoRA, SEFE, CIA),
 )
 BASELINES: Mapping[str, type[Baseline]] = MappingProxyType({kind.method: kind for kind in _KINDS})
 METHODS = tuple(BASELINES)
