@@ -110,6 +110,7 @@ def test_every_method_says_what_it_is():
     assert len({kind.title for kind in kinds}) == len(kinds)
     for kind in kinds:
         assert kind.__doc__ and ("arXiv" in kind.source or "http" in kind.source), kind
+        assert f"``{kind.method}``" in baselines.__doc__
         for name, field in kind.Options.model_fields.items():
             assert field.description, f"{kind.method}: {name}"
 
