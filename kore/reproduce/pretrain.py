@@ -43,22 +43,22 @@ class Schedule:
         batch_size: Conversations in a step.
         pictures: Pictures and text-only talks that are drawn.
         rounds: Different conversations about each.
-        rate: Peak learning rate.
+        rate: Peak learning rate of AdamW; Muon's is ten times that.
         tower_steps: Of the Qwen2.5-VL tower.
         tower_pictures: It is trained on.
     """
 
-    steps: int = 900
+    steps: int = 700
     batch_size: int = 48
-    pictures: int = 14_000
+    pictures: int = 9000
     rounds: int = 3
-    rate: float = 3e-3
+    rate: float = 2.5e-3
     tower_steps: int = 1000
     tower_pictures: int = 16_000
 
 
 FULL = Schedule()
-QUICK = Schedule(steps=300, pictures=5000, rounds=3, tower_steps=600, tower_pictures=8000)
+QUICK = Schedule(steps=350, pictures=6000, tower_steps=600, tower_pictures=10_000)
 
 
 @dataclass

@@ -184,20 +184,21 @@ def fact_item(known: Lore, split: str, rng: np.random.Generator) -> Item:
 def conversations(known: Lore, rng: np.random.Generator, pictures: int, rounds: int) -> Iterator[list[list[Item]]]:
     """For each of ``pictures`` training pictures (or text-only talks) ``rounds`` conversations about it.
 
-    A conversation has two to four questions, each task at most once.
+    One or two questions each: in longer conversations the model learns to copy earlier answers before it looks.
     """
     kinds = list(_SHARES)
     for kind in rng.choice(kinds, size=pictures, p=list(_SHARES.values())):
         if kind == "facts":
-            yield [[fact_item(known, "train", rng) for _ in range(4)] for _ in range(rounds)]
+            yield [[fact_item(known, "train", rng) for _ in range(3)] for _ in range(rounds)]
             continue
         sight = Sight(str(kind), known, "train", rng)
         talks = []
         for _ in range(rounds):
+            count = int(rng.integers(1, 3))
             if kind == "thing":
-                tasks = [*rng.permutation(sight.tasks)[: int(rng.integers(1, 3))], *["thing"] * int(rng.integers(1, 3))]
+                tasks = ["thing", *rng.permutation(sight.tasks)[: count - 1]]
             else:
-                tasks = list(rng.permutation(sight.tasks)[: int(rng.integers(2, 5))])
+                tasks = list(rng.permutation(sight.tasks)[:count])
             talks.append([sight.ask(str(task)) for task in tasks])
         yield talks
 
