@@ -94,6 +94,15 @@ def test_the_teacher_is_the_untouched_model_to_the_bit(kind):
     assert torch.equal(passed(model, batch).logits, student.logits), "the adapter must be on again"
 
 
+def test_the_teacher_has_no_dropout_and_every_position_where_the_model_cannot_choose():
+    model, batch = moved("llama"), labelled_batch("llama")
+    model.get_input_embeddings().register_forward_hook(lambda module, args, x: torch.dropout(x, 0.5, module.training))
+    student = forward(model, batch, False)
+    teacher = Distillation(model, 1.0, 2.0).teacher(student)
+    assert torch.equal(teacher, forward(MODELS["llama"]().double(), batch, False).logits)
+    assert not torch.equal(student.logits, forward(model.eval(), batch, False).logits), "the student has it"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_the_parameters_are_those_of_the_formula(kind):
     model, batch = moved(kind), labelled_batch(kind)
