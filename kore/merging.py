@@ -37,9 +37,11 @@ def merge(
 
     Raises:
         ModelError: The base cannot be loaded, or the adapter was made for another model.
+        ConfigError: The adapter is of routed experts, whose change depends on the input.
         ArtifactError: The adapter is missing or broken.
     """
     from kore.adapter import load_adapter
+    from kore.adapter.files import check_mergeable
     from kore.data.encoder import Encoder
 
     output = Path(output_dir)
@@ -48,6 +50,7 @@ def merge(
             raise ConfigError(f"output_dir {output} is also {name}; choose another directory for the merged model")
     if not (Path(adapter_path) / "adapter_config.json").is_file():
         raise ArtifactError(f"{adapter_path}: not an adapter directory, it has no adapter_config.json")
+    check_mergeable(adapter_path)
     model = load_adapter(load_model(model_path, dtype=dtype, device=device), adapter_path)
     merged: Any = model.merge_and_unload()
     with atomic_directory(output) as directory:

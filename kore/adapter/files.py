@@ -16,7 +16,7 @@ from kore.adapter.frozen import freeze_a
 from kore.adapter.halves import freeze_halves
 from kore.adapter.wrap import check_outside_zero_init, check_unadapted, check_whole
 from kore.artifacts import atomic_directory, atomic_write, file_sha256, read_json
-from kore.errors import ArtifactError, KoreError
+from kore.errors import ArtifactError, ConfigError, KoreError
 from kore.models import check_fingerprint, model_fingerprint
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def describe_adapter(
     info = getattr(model, "kore_info", None) if info is None else info
     if info is None:
         return
+    mark_type(directory, info)
     config = read_json(directory / _CONFIG)
     for key in ("target_modules", "modules_to_save"):
         if isinstance(config.get(key), list):
@@ -84,6 +85,23 @@ def describe_adapter(
         "sha256": {name: file_sha256(directory / name) for name in (_CONFIG, _WEIGHTS)},
     }
     atomic_write(directory / KORE_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def mark_type(directory: Path, info: Mapping[str, Any] | None) -> None:
+    """Put a ``peft_type`` that stock PEFT refuses into ``adapter_config.json``, where the adapter is no plain LoRA."""
+    if info is not None and "routing" in info:
+        from kore.adapter.routed import ROUTED
+
+        config = {**read_json(directory / _CONFIG), "peft_type": ROUTED}
+        atomic_write(directory / _CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def check_mergeable(path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError for an adapter whose change of the weights depends on the input."""
+    from kore.adapter.routed import CANNOT_MERGE, ROUTED
+
+    if read_json(Path(path) / _CONFIG).get("peft_type") == ROUTED:
+        raise ConfigError(f"{path}: {CANNOT_MERGE}")
 
 
 def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: bool = False) -> PeftModel:
@@ -108,7 +126,12 @@ def load_kore_model(model: nn.Module, path: str | os.PathLike[str], trainable: b
     check_fingerprint(info["base_fingerprint"], model, f"the adapter {directory}")
     peft_model: Any
     with torch.random.fork_rng(devices=[]):
-        peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+        if "routing" in info:
+            from kore.adapter.routed import load_routed
+
+            peft_model = load_routed(model, directory, info, trainable)
+        else:
+            peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
     if not trainable:
         peft_model.requires_grad_(False)  # PEFT 0.15 leaves the modules to save trainable
     if info["a_frozen"]:

@@ -53,6 +53,7 @@ def wrap_lora(
     lora_alpha: int | None,
     modules_to_save: str | Sequence[str] | None,
     seed: int,
+    layer: type[nn.Module] | None = None,
 ) -> PeftModel:
     """A PeftModel with a LoRA without dropout on the layers ``names``: B zero, A by PEFT's rule from ``seed``.
 
@@ -65,6 +66,7 @@ def wrap_lora(
         lora_alpha: None for r of each layer, so that all scale by 1.
         modules_to_save: As in :class:`kore.KoreConfig`.
         seed: Of A.
+        layer: A subclass of PEFT's ``lora.Linear`` to take in its place.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -85,6 +87,8 @@ def wrap_lora(
         modules_to_save=peft_modules_to_save(model, modules_to_save, names) or None,
         fan_in_fan_out=all(isinstance(linears[name], Conv1D) for name in names),
     )
+    if layer is not None:
+        config._register_custom_module({nn.Linear: layer})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)

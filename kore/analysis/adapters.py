@@ -39,11 +39,15 @@ def read_updates(adapter: str | os.PathLike[str]) -> dict[str, Update]:
 
     Raises:
         ArtifactError: A file is missing or broken, or the adapter's update is not scaling · B A (DoRA).
+        ConfigError: The update depends on the input (routed experts).
     """
     from peft.utils.other import get_pattern_key
 
+    from kore.adapter.files import check_mergeable
+
     directory = Path(adapter)
     config, factors = read_json(directory / "adapter_config.json"), _tensors(directory)
+    check_mergeable(directory)
     if config.get("use_dora"):
         raise ArtifactError(f"{directory}: a DoRA adapter, whose update is not scaling · B A; expected a plain LoRA")
     updates = {}

@@ -43,6 +43,7 @@ from kore.baselines.ewc import EWC, FullEWC
 from kore.baselines.full import FullFineTuning
 from kore.baselines.lora import LoRA
 from kore.baselines.lwf import LwF
+from kore.baselines.moelora import MoELoRA
 from kore.baselines.null_space import Kore, LoRANull1, LoRANull2, RandomA
 from kore.baselines.o_lora import OLoRA
 from kore.baselines.replay import Replay
@@ -59,7 +60,7 @@ __all__ = ["BASELINES", "METHODS", "NULL_SPACE", "Baseline", "Preparation", "bas
 _KINDS: tuple[type[Baseline], ...] = (
     *(Kore, LoRA, FullFineTuning, RandomA, LoRANull1, LoRANull2),
     *(Replay, EWC, FullEWC, LwF),
-    *(OLoRA, SEFE, CIA),
+    *(MoELoRA, OLoRA, SEFE, CIA),
 )
 BASELINES: Mapping[str, type[Baseline]] = MappingProxyType({kind.method: kind for kind in _KINDS})
 METHODS = tuple(BASELINES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kore.baselines.base import Baseline, Preparation
@@ -21,7 +22,7 @@ class LoRA(Baseline):
     def prepare(self, model: nn.Module, how: Preparation) -> nn.Module:
         """A PeftModel around ``model``. Raises ConfigError for a rank that is missing, too large or ``"energy:τ"``."""
         from kore.adapter import resolve_rank
-        from kore.adapter.wrap import check_unadapted, wrap_lora
+        from kore.adapter.wrap import check_unadapted
         from kore.models import model_fingerprint, resolve_targets
 
         if how.rank is None:
@@ -31,12 +32,14 @@ class LoRA(Baseline):
         rank = resolve_rank(model, names, how.rank, train_a=True)
         fingerprint = model_fingerprint(model)
         alpha = 2 * rank if how.lora_alpha is None else how.lora_alpha
-        peft_model: Any = wrap_lora(model, names, rank, alpha, how.modules_to_save, how.seed)
+        peft_model: Any = self.wrap(model, names, rank, alpha, how)
+        own = getattr(peft_model, "kore_info", {})
         peft_model.kore_info = {
             "method": self.method,
             **self.describe(),
             "a_frozen": False,
             "rank": rank,
+            **own,
             "config": {
                 "rank": rank,
                 "lora_alpha": alpha,
@@ -48,3 +51,9 @@ class LoRA(Baseline):
         }
         adapted: nn.Module = peft_model
         return adapted
+
+    def wrap(self, model: nn.Module, names: Sequence[str], rank: int, alpha: int, how: Preparation) -> nn.Module:
+        """The PeftModel; what its ``kore_info`` holds is kept in that of :meth:`prepare`."""
+        from kore.adapter.wrap import wrap_lora
+
+        return wrap_lora(model, names, rank, alpha, how.modules_to_save, how.seed)

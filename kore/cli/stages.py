@@ -26,7 +26,7 @@ RecipeName = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
 # Written out, not imported: help must come at once.
-_METHODS = "kore, lora, random-a, lora-null-v1, lora-null-v2, replay, ewc, lwf, o-lora, sefe, cia"
+_METHODS = "kore, lora, random-a, lora-null-v1, lora-null-v2, replay, ewc, lwf, moelora, o-lora, sefe, cia"
 
 
 def capture(

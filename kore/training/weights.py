@@ -25,9 +25,12 @@ def has_adapter(model: nn.Module) -> bool:
 
 def save_trained(model: nn.Module, directory: Path) -> None:
     """Write the trained weights of ``model`` into ``directory``: a stock PEFT adapter where it has one."""
+    from kore.adapter.files import mark_type
+
     directory.mkdir(parents=True, exist_ok=True)
     if has_adapter(model):
         model.save_pretrained(directory, save_embedding_layers=False)  # type: ignore[operator]
+        mark_type(directory, getattr(model, "kore_info", None))
     else:
         save_tensors(_trained(model), directory / TRAINED)
 
