@@ -14,6 +14,7 @@ from kore.cli.bench import bench
 from kore.cli.console import interruptible
 from kore.cli.convert import convert
 from kore.cli.evaluation import evaluate
+from kore.cli.retention import retention
 
 app = typer.Typer(
     name="kore",
@@ -55,6 +56,7 @@ for _function in (
     stages.merge,
     convert,
     evaluate,
+    retention,
     analyze,
     commands.doctor,
 ):

@@ -233,7 +233,7 @@ def _by_type(groups: Sequence[tuple[str, list[float]]]) -> np.ndarray:
 
 
 def _mme(means: np.ndarray) -> np.ndarray:
-    """Mean over types of (accuracy + accuracy+) / 2, of which MME gives 200 points; types without draws are left out."""
+    """Mean over types of (accuracy + accuracy+) / 2, half of MME's 200 points; types without draws are left out."""
     table = means.reshape(*means.shape[:-1], -1, 4)
     drawn = table[..., 0] > 0
     safe = np.where(drawn[..., None], table, 1.0)

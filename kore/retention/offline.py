@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kore.data import Encoder
     from kore.data.rows import Row
     from kore.data.types import Question
+    from kore.evaluation import ProcessorPrompts
 
 _LETTER = "Answer with the option's letter from the given choices directly."
 _WORD = "Answer the question using a single word or phrase."
@@ -198,7 +199,7 @@ def load_suite(files: Iterable[str | os.PathLike[str]], image_root: str | os.Pat
 
 def run_suite(
     model: torch.nn.Module,
-    encoder: Encoder,
+    encoder: Encoder | ProcessorPrompts,
     sets: Sequence[Set],
     output: str | os.PathLike[str],
     *,
