@@ -191,7 +191,7 @@ def test_what_is_wrong_is_said(root, tmp_path):
     model, encoder = prepared("llava", root, "o-lora")
     with pytest.raises(ConfigError, match="method o-lora needs old conversations with answers"):
         baseline("o-lora").penalty(model, encoder)
-    with pytest.raises(ConfigError, match="previous: covariance needs the result of capture"):
+    with pytest.raises(ConfigError, match="previous: covariance needs the result of kore capture"):
         baseline("o-lora", previous="covariance").penalty(model, encoder)
     with pytest.raises(ConfigError, match=r"options.previous: input should be 'adapter', 'weights'"):
         baseline("o-lora", previous="past")

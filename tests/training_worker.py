@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 
-def prepared(kind: str, root: Path, method: str = "random-a", dtype: str = "auto"):
+def prepared(kind: str, root: Path, method: str = "random-a", dtype: str = "auto", options: Any = None):
     """The tiny model of ``kind`` under ``root``, made trainable, with its encoder."""
     from kore.baselines import prepare_model
     from kore.data import Encoder
     from kore.models import load_model
 
-    rank = {} if method == "full" else {"rank": 4}
-    model = prepare_model(load_model(root / kind, dtype=dtype, device="cpu"), method, progress=False, **rank)
+    rank = {} if method == "full" else {"rank": 18 if method == "moelora" else 4}
+    base = load_model(root / kind, dtype=dtype, device="cpu")
+    model = prepare_model(base, method, progress=False, options=options, **rank)
     return model, Encoder.from_pretrained(root / kind)
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if "kill_at" in options:
         kill_at(options["kill_at"])
-    model, encoder = prepared(options["kind"], root, options["method"])
+    model, encoder = prepared(options["kind"], root, options["method"], options=options.get("options"))
     conversations = load_conversations(root / "data" / "conversations.json", image_root=root / "data" / "images")
     conversations += load_conversations(root / "text" / "conversations.json")
     strength = options.get("strength")

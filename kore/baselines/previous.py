@@ -63,7 +63,9 @@ class Previous:
         cov: CovarianceSet | None = None,
     ) -> None:
         if options.previous == "covariance" and cov is None:
-            raise ConfigError("options.previous: covariance needs the result of capture; this run has none")
+            raise ConfigError(
+                "options.previous: covariance needs the result of kore capture (kore train: --covariance)"
+            )
         self.source, self.steps = options.previous, options.previous_steps
         self._encoder, self._old, self._cov = encoder, list(old), cov
 

@@ -151,6 +151,9 @@ def train(
     protect_gradients: Annotated[
         Path | None, typer.Option(help="Result of kore capture --gradients on the same data.")
     ] = None,
+    covariance: Annotated[
+        Path | None, typer.Option("--covariance", "-c", help="Result of kore capture, for o-lora that holds it.")
+    ] = None,
     old: Annotated[
         list[Path] | None,
         typer.Option(
@@ -221,7 +224,7 @@ def train(
         _absolute(adapter),
         seed,
         protection=options.protection,
-        covariance=_absolute(protect),
+        covariance=_absolute(protect or covariance),
         gradients=_absolute(protect_gradients),
         recipe=recipe,
         old=getattr(options, "old", None),

@@ -64,6 +64,8 @@ def train_command(stage: TrainStage) -> list[str]:
     if stage.protection.strength is not None:
         command += ["--protect", str(stage.covariance), "--protect-gradients", str(stage.gradients)]
         sections["protection"] = stage.protection
+    elif stage.covariance is not None and stage.holds_covariance:
+        command += ["--covariance", str(stage.covariance)]
     for section, settings in sections.items():
         expected = (
             type(settings)

@@ -140,6 +140,11 @@ class TrainStage:
         """The trained adapter, or the trained model."""
         return self.output / ("model" if self.init is None else "adapter")
 
+    @property
+    def holds_covariance(self) -> bool:
+        """Whether the method's penalty looks at the covariance of old inputs."""
+        return self._method().penalty_reads_covariance
+
     def inputs(self) -> dict[str, Any]:
         init = {"adapter-init": directory_identity(self.init)} if self.init is not None else {}
         settings = {**self.settings.settings().identity(), "processes": self.settings.processes}
@@ -149,7 +154,7 @@ class TrainStage:
             own |= {"adapter.method": method.method, **flat("adapter", dict(method.describe()))}
         if self.old is not None and method.reads_old:
             own |= data_inputs("old", self.old)
-        if self.covariance is not None and self._method().penalty_reads_covariance:
+        if self.covariance is not None and self.holds_covariance:
             own["covariance"] = directory_identity(self.covariance)
         if self.protection.strength is None:
             return own
@@ -202,7 +207,7 @@ class TrainStage:
         settings = self.settings.settings()
         settings.progress = settings.progress and context.progress
         cov = None
-        if self.covariance is not None and method.penalty_reads_covariance:
+        if self.covariance is not None and self.holds_covariance:
             from kore.covariance import load_covariance
 
             cov = load_covariance(self.covariance)
