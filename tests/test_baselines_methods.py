@@ -45,7 +45,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("methods")
     save_tiny("llava", root / "llava")
     tiny_conversations(root / "data", 8)
-    tiny_conversations(root / "text", 5, text_only=True)
+    tiny_conversations(root / "text", 8, text_only=True)
     return root
 
 
@@ -182,6 +182,10 @@ def test_from_yaml_to_report(kind, method, tmp_path):
     assert key in history[-1] and (history[-1]["penalty"] > 0) == (method != "cia")
     previous = tmp_path / "run" / "train" / "penalty" / "previous" / "adapter" / "kore.json"
     assert previous.is_file() == (method != "cia")
+    if method == "sefe":
+        counts = read_json(tmp_path / "run" / "train" / "adapter" / "kore.json")["answer_styles"]
+        assert counts["conversations"] == sum(counts["before"].values()) == 6
+        assert sum(counts["changed_into"].values()) == 3 and len(counts["changed_into"]) == 3
     if method != "cia":
         assert read_json(previous)["method"] == "lora" and "options" not in read_json(previous)
     assert adapter_gives_the_trained_logits(tmp_path, kind) or method == "cia"

@@ -117,8 +117,8 @@ class Previous:
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         modes, info = {module: module.training for module in model.modules()}, getattr(model, "kore_info", None)
         if info is not None:
-            kept = {key: value for key, value in copy.deepcopy(info).items() if key not in ("options", "recipe")}
-            model.kore_info = {**kept, "method": "lora"}
+            same = ("a_frozen", "rank", "config", "base_fingerprint")
+            model.kore_info = {"method": "lora", **{key: copy.deepcopy(info[key]) for key in same if key in info}}
         own = {"max_steps": self.steps, "on_bad_row": start.on_bad_row, "report_to": [], "seed": start.seed}
         config = TrainConfig.of({**(start.config.model_dump() if start.config is not None else {}), **own})
         try:

@@ -58,16 +58,21 @@ class SEFE(LoRA):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.reads_old = self.options.reglora and self.options.previous == "adapter"
+        self._counts: dict[str, Any] = {}
 
     def conversations(
         self, new: Sequence[Conversation], old: Sequence[Conversation] = (), seed: int = 0
     ) -> list[Conversation]:
-        """The new ones, in their order, some in another style; how many in which is logged."""
+        """The new ones, in their order, some in another style.
+
+        How many in which is logged, and comes into ``kore.json`` with the :meth:`penalty` for the same data.
+        """
         self.check_old(old)
         if not self.options.asd:
             return list(new)
         mixed = diversify(new, self.options.share, seed)
         logger.info("answer styles: %s", mixed)
+        self._counts = {"conversations": len(mixed.conversations), "before": mixed.was, "changed_into": mixed.changed}
         return mixed.conversations
 
     def penalty(
@@ -81,6 +86,9 @@ class SEFE(LoRA):
         from kore.protection.key_elements import KeyElements
 
         self.check_old(old)
+        info: dict[str, Any] | None = getattr(model, "kore_info", None)
+        if info is not None and self._counts:
+            info["answer_styles"] = self._counts
         if not self.options.reglora:
             return None
         return KeyElements(Previous(self.options, encoder, old), self.options.strength, self.options.elements)

@@ -86,7 +86,11 @@ def diversify(conversations: Sequence[Conversation], share: float, seed: int) ->
         messages = (*before, Message("user", question), Message("assistant", answer))
         result[number] = replace(conversations[number], messages=messages)
     was = Counter(one.style for one in asked if one is not None)
-    return Diversified(result, dict(changed), {style: was[style] for style in STYLES if was[style]})
+    return Diversified(
+        result,
+        {style: changed[style] for style in STYLES if changed[style]},
+        {style: was[style] for style in STYLES if was[style]},
+    )
 
 
 @dataclass(frozen=True)
