@@ -162,9 +162,23 @@ def test_examples_are_valid(example):
     assert config.eval.new and config.eval.old
 
 
+def test_the_variants_that_examples_name_are_valid():
+    """The comment lines `key=value key=value   what it is`."""
+    count = 0
+    for example in EXAMPLES:
+        for line in example.read_text(encoding="utf-8").splitlines():
+            if line.startswith("#   ") and "=" in line.split()[1]:
+                overrides = [
+                    word for word in line.partition("  ")[2].strip().partition("   ")[0].split() if "=" in word
+                ]
+                load_config(example, overrides, check_paths=False)
+                count += 1
+    assert count == 7 * 3
+
+
 def test_the_paper_s_settings_are_in_the_examples():
     folder = EXAMPLES[0].parent
-    ranks = {"llava-1.5-7b.yaml": "match-lora-128", "qwen2.5-vl-7b.yaml": 274}
+    ranks = {"llava-1.5-7b.yaml": "match-lora-128", "llava-1.5-13b.yaml": "match-lora-128", "qwen2.5-vl-7b.yaml": 274}
     for name, rank in ranks.items():
         config = load_config(folder / name, check_paths=False)
         assert config.recipe == "paper" and config.adapter.rank == rank
