@@ -109,10 +109,14 @@ def retention(
         with only_one(place):
             found[name] = run_retention(
                 asked, place, chosen, suite=sets, batch_size=batch_size, max_new_tokens=max_new_tokens or 64,
-                say=console.stage, progress=console.interactive(),
+                say=_told, progress=console.interactive(),
             )  # fmt: skip
     show_retention(found)
     console.say(f"result: {output}")
+
+
+def _told(name: str, state: str, remark: str) -> None:
+    console.stage(f"{name:<16}", state, remark)
 
 
 def _settings(**values: Any) -> Any:

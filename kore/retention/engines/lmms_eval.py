@@ -48,6 +48,7 @@ _BUILDERS = ("json", "parquet", "csv", "text", "arrow", "imagefolder")
 _UNREACHABLE = re.compile(
     r"Couldn't reach '([^']+)'|Couldn't find any data file at (\S+)|Dataset '([^']+)' doesn't exist"
 )
+_SPLIT = re.compile(r"Error during evaluation: '(test|testmini|validation|val|dev|image)'\.", re.MULTILINE)
 _JUDGE_FAILURES = re.compile(
     r"All \d+ attempts failed|Invalid eval_score|Failed to obtain answer|Attempt \d+ failed|Missing credentials"
 )
@@ -212,7 +213,8 @@ class LmmsEval:
         """Data that could not be had, said plainly."""
         found = _UNREACHABLE.search(log)
         if found is None:
-            return None
+            split = _SPLIT.search(log)
+            return None if split is None else f"the data set that was found has no split {split[1]!r}: is it whole?"
         data = next(group for group in found.groups() if group)
         return f"data set {data} is neither below --data-root nor in the hub's cache, or only a part of it"
 

@@ -20,7 +20,7 @@ _LAUNCHERS = Path(__file__).resolve().parent.parent / "launchers"
 _PROBE_SECONDS = 300
 _TAIL = 1 << 20
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Unavailable)(?::.*)?$")
-_STATED = re.compile(r"\bError during evaluation: (.+)")
+_STATED = re.compile(r"\bError during evaluation: (.+?)(?:\. Please set .*)?$")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 

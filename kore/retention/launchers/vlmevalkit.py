@@ -73,8 +73,16 @@ class _Absent(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"__init__": _refuse})
+        return _Nothing(name, (), {})
 
 
-def _refuse(self: Any, *args: Any, **kwargs: Any) -> None:
-    raise ImportError(f"{type(self).__name__}: torchvision is not installed in {Path(sys.prefix)}")
+class _Nothing(type):
+    """A name that may be looked up and subclassed, with any attribute, but not called."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing(name, (), {})
+
+    def __call__(cls, *arguments: Any, **settings: Any) -> Any:
+        raise ImportError(f"{cls.__name__}: torchvision is not installed in {Path(sys.prefix)}")
