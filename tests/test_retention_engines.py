@@ -160,11 +160,7 @@ FAULTS = {
     "not finite": ({"results": {"pope_f1_score": float("nan")}}, "pope_f1_score is nan"),
     "fewer questions": ({**POPE, "asked": 3}, "only 3 of 4 questions"),
     "an error that ends with 0": (
-        {
-            {
-                "say": "Traceback\n  x\nValueError: odd\n Error during evaluation: odd model. Please set `-v` to get more"
-            },
-        },
+        {"say": "Traceback\n x\nValueError: odd\n Error during evaluation: odd model. Please set `-v` to get more"},
         r"odd model \(exit status 0\)",
     ),
     "an exception": ({"raise": "out of memory"}, r"RuntimeError: out of memory \(exit status 1\)"),
