@@ -17,10 +17,10 @@ import kore
 from kore.data import Encoder, load_conversations, load_questions, prompt_batches
 from kore.demo.world.splits import Item
 from kore.errors import ConfigError
-from kore.reproduce.families import FAMILIES, family
+from kore.reproduce.families import FAMILIES, family, projector
 from kore.reproduce.optimizer import Muon
 from kore.reproduce.prepare import Sizes, World, prepare_world
-from kore.reproduce.pretrain import ABOUT, Pool, Schedule, Writer, loss_of
+from kore.reproduce.pretrain import ABOUT, Pool, Schedule, Writer, loss_of, whiten
 from kore.reproduce.scoring import dimension_scores, is_right, task_scores
 from kore.reproduce.world.lore import lore, new_things
 from kore.reproduce.world.new import TYPES
@@ -140,6 +140,22 @@ def test_a_form_counts_when_it_is_obeyed(form: str, right: str, wrong: str) -> N
 def test_an_unknown_family_is_named() -> None:
     with pytest.raises(ConfigError, match=r"expected one of llava, qwen2\.5-vl, got 'gpt'"):
         family("gpt")
+
+
+def test_a_projector_begins_by_whitening(world: World) -> None:
+    model, kind = kore.load_model(world.checkpoint, dtype="float32", device="cpu"), family(world.family)
+    # One direction of small variance, as a tower may show colour in.
+    rows = 2.0 * torch.randn(4000, 96)
+    rows[:, 0] = 0.1 * torch.randn(4000)
+    whiten(model, kind, [rows], floor=1e-6)
+    first = next(layer for layer in projector(model).modules() if isinstance(layer, torch.nn.Linear))
+    outputs: list[torch.Tensor] = []
+    first.register_forward_hook(lambda _, inputs, output: outputs.append(output.detach()))
+    kind.project(model, rows)
+    out = outputs[0].flatten(0, -2)
+    energy = torch.linalg.eigvalsh(torch.cov(out.T))[-first.in_features :]
+    assert out.mean(0).abs().max() < 1e-2
+    assert energy.min() > 0.9 and energy.max() < 1.1
 
 
 def test_muon_moves_a_matrix_by_an_orthogonal_one() -> None:

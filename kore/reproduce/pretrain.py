@@ -144,6 +144,32 @@ def draw_pool(model: Any, kind: Family, tokenizer: Any, known: Lore, schedule: S
     return pool
 
 
+@torch.no_grad()
+def whiten(model: Any, kind: Family, rows: Sequence[torch.Tensor], floor: float = 1e-3) -> None:
+    """Let the projector's first layer begin as a whitening of what it is given, in place.
+
+    A tower shows some things, such as colour, only in directions of small variance, which take a language model
+    thousands of steps to find. W = Q (C + floor · tr C / d)^-1/2 and b = -W m, with m and C the mean and covariance of
+    the layer's inputs over ``rows`` and Q random with orthonormal columns; a token then has about unit variance.
+    """
+    module = projector(model)
+    first = next(layer for layer in module.modules() if isinstance(layer, nn.Linear))
+    seen: list[torch.Tensor] = []
+    handle = first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        kind.project(model, torch.cat(list(rows)))
+    finally:
+        handle.remove()
+    values = torch.cat(seen).flatten(0, -2).double()
+    mean, cov = values.mean(0), torch.cov(values.T)
+    size = len(cov)
+    energy, basis = torch.linalg.eigh(cov + floor * cov.trace() / size * torch.eye(size))
+    turn = torch.linalg.qr(torch.randn(first.out_features, size, dtype=torch.float64))[0]
+    weight = turn @ basis @ torch.diag(energy.rsqrt()) @ basis.T
+    first.weight.copy_(weight)
+    first.bias.copy_(-weight @ mean)
+
+
 def batches(pool: Pool, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[Example]]:
     """Batches of examples of similar length, every example once an epoch."""
     size, group = schedule.batch_size, 16
@@ -289,6 +315,7 @@ def pretrain(
     rng = np.random.default_rng((world, 64))
     pool = draw_pool(model, kind, tokenizer, known, schedule, rng)
     log(f"{len(pool.examples)} conversations about {len(pool.sizes)} pictures  {clock}")
+    whiten(model, kind, pool.rows[:1500])
     train_language(model, kind, pool, schedule, rng, tokenizer.get_vocab()[kind.image_token], log)
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
