@@ -31,7 +31,7 @@ def cli_evaluate():
     words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     task, out = words["--tasks"], Path(words["--output_path"])
     calls = Path(os.environ["STAND_IN_CALLS"])
-    about = {"task": task, "cwd": os.getcwd(), "arguments": sys.argv[1:]}
+    about = {"task": task, "cwd": os.getcwd(), "pid": os.getpid(), "arguments": sys.argv[1:]}
     about["environment"] = {k: v for k, v in os.environ.items() if k.startswith(("HF_", "OPENAI", "MODEL_VERSION"))}
     with open(calls, "a") as file:
         file.write(json.dumps(about) + "\\n")
@@ -305,6 +305,10 @@ def test_a_killed_run_goes_on_and_leaves_no_process(setting, monkeypatch):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "first" in answers.read_text()
+    child = Path("/proc") / str(calls(setting)[-1]["pid"])
+    while child.exists() and "Z" not in (child / "stat").read_text().split()[2] and time.monotonic() < until + 20:
+        time.sleep(0.05)
+    assert not child.exists() or "Z" in (child / "stat").read_text().split()[2]
     assert load_retention(setting / "out").scores == {"MME": pytest.approx(50)}
     outcomes, _, _ = run(setting, "mme,pope")
     assert outcomes["POPE"].score == 50 and "first" in answers.read_text()

@@ -143,8 +143,9 @@ def run_retention(
     """Run benchmarks and the offline suite for one model.
 
     Every benchmark has a folder below ``output/benchmarks`` with the answers, the engine's log and ``record.json``. A
-    score that is there for the same model, adapter and settings is kept; a benchmark that was stopped asks nothing
-    twice. ``scores.json`` is written after each.
+    score that is there for the same model, adapter and settings is kept, also when the engine is newer or its data have
+    changed: delete the folder to measure anew. A benchmark that was stopped asks nothing twice. ``scores.json`` is
+    written after each.
 
     Args:
         asked: The model.

@@ -115,10 +115,14 @@ class LmmsEval:
         return problems + base.judge_problem(task, self.settings)
 
     def identity(self, benchmark: Benchmark) -> dict[str, Any]:
+        from kore.pipeline.stage import directory_identity
+
         task, settings = _task(benchmark), self.settings
+        own = {"include": [directory_identity(one) for one in self._include]} if self._include else {}
         return {
             "engine": self.name,
             "task": task.name,
+            **own,
             "data_root": None if settings.data_root is None else str(settings.data_root.absolute()),
             "limit": settings.limit,
             "max_new_tokens": settings.max_new_tokens,
