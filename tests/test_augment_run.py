@@ -201,8 +201,16 @@ def command(knowledge, out, server, **generator):
     return words
 
 
+@pytest.fixture
+def interruptible():
+    """A background job is started with SIGINT ignored, and so would be the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupt_ends_it_soon_and_cleanly(number, knowledge, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_ends_it_soon_and_cleanly(number, knowledge, tmp_path, monkeypatch, capsys, interruptible):
     monkeypatch.setattr(pool, "GRACE", 0.1)
 
     def hang(asked, body):
