@@ -14,6 +14,7 @@ from kore.cli.bench import bench
 from kore.cli.console import interruptible
 from kore.cli.convert import convert
 from kore.cli.evaluation import evaluate
+from kore.cli.reproduce import reproduce
 from kore.cli.retention import retention
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ for _function in (
     evaluate,
     retention,
     analyze,
+    reproduce,
     commands.doctor,
 ):
     _name = "eval" if _function is evaluate else _function.__name__

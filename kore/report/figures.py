@@ -62,13 +62,17 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def adaptation_retention_plane(
-    points: Mapping[str, Sequence[float] | Sequence[Sequence[float]]], baseline: Sequence[float]
+    points: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
+    baseline: Sequence[float],
+    intervals: Mapping[str, Sequence[tuple[float | None, float | None]]] | None = None,
 ) -> Figure:
     """Every method as a point: what it learned (K.A) against what it kept (K.R); up and right is better.
 
     Args:
         points: For each name one (K.A, K.R), or several, one a seed: drawn small, their mean large.
         baseline: (K.A, K.R) of the untouched model. Faint lines join points of equal HARS.
+        intervals: For each name (low, high) of K.A and of K.R, drawn as a cross; what lies outside the points' frame
+            is cut off.
     """
     from kore.metrics import hars
 
@@ -92,7 +96,13 @@ def adaptation_retention_plane(
     for colour, (name, cloud) in zip(_colours(), clouds.items()):
         if len(cloud) > 1:
             ax.plot(*cloud.T, marker="o", color=colour, markersize=3.5, linestyle="none", alpha=0.55)
-        ax.plot(*cloud.mean(0), marker="o", color=colour, markersize=9, linestyle="none")
+        middle = cloud.mean(0)
+        for axis, (least, most) in enumerate((intervals or {}).get(name, ())):
+            if least is not None and most is not None:
+                line = np.array([middle, middle])
+                line[:, axis] = least, most
+                ax.plot(*line.T, color=colour, linewidth=1.1, alpha=0.5)
+        ax.plot(*middle, marker="o", color=colour, markersize=9, linestyle="none")
         ax.annotate(name, cloud.mean(0), xytext=(8, 6), textcoords="offset points", color=colour, fontsize=9.5)
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="K.A  (new knowledge)", ylabel="K.R  (old knowledge)")
     return figure
@@ -305,6 +315,28 @@ def type_bars(
     axes[0].invert_yaxis()
     axes[0].grid(False, axis="y")
     _legend(figure, axes[0], len(scores))
+    return figure
+
+
+def measured_curves(
+    curves: Mapping[str, Sequence[tuple[float, float, float | None, float | None]]], across: str, up: str
+) -> Figure:
+    """Measured values over a quantity, with their intervals as bars.
+
+    Args:
+        curves: For each name (place, value, low, high); low and high may be None.
+        across: What the places are.
+        up: What the values are.
+    """
+    figure, axes = _grid(1, 1, height=3.4)
+    for colour, (name, points) in zip(_colours(), curves.items()):
+        places = [point[0] for point in points]
+        axes[0].plot(places, [point[1] for point in points], color=colour, marker="o", markersize=4, label=name)
+        for place, _, low, high in points:
+            if low is not None and high is not None:
+                axes[0].plot([place, place], [low, high], color=colour, linewidth=1.1, alpha=0.5)
+    axes[0].set(xlabel=across, ylabel=up)
+    _legend(figure, axes[0], len(curves))
     return figure
 
 
