@@ -95,7 +95,7 @@ def setting(stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(stand_in))
     monkeypatch.setenv("STAND_IN_CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere")
-    for name in ("OPENAI_API_KEY", "MODEL_VERSION", "OPENAI_API_URL"):
+    for name in ("OPENAI_API_KEY", "MODEL_VERSION", "OPENAI_API_URL", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     for one in BENCHMARKS:
         if one.name != "ScienceQA":
@@ -134,6 +134,7 @@ MME = {"results": {"mme_perception_score": 1000.0, "mme_cognition_score": 400.0}
 
 def test_scores_are_scaled_averaged_and_written(setting, monkeypatch):
     behave(monkeypatch, pope=POPE, mme=MME, scienceqa_img={})
+    monkeypatch.setenv("OPENAI_API_KEY", "not for tasks without a judge")
     outcomes, found, said = run(setting, "pope,mme,scienceqa")
     assert outcomes["MME"].score == pytest.approx(50) and outcomes["POPE"].score == 50
     assert outcomes["POPE"].metrics == {"pope_f1_score": 0.5, "pope_accuracy": 1.0}

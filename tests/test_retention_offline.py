@@ -282,6 +282,19 @@ def test_a_suite_is_scored_with_means_and_intervals(suite, tmp_path, monkeypatch
     assert offline.load_suite_scores(tmp_path) == scores
 
 
+def test_sets_are_drawn_independently(tmp_path):
+    """The mean of two sets of the same marks is surer than one of them, by about √2."""
+    files = [
+        write(tmp_path / f"{name}.jsonl", {**CHOICE, "name": name}, [{**ROW, "question_id": i} for i in range(40)])
+        for name in ("one", "two")
+    ]
+    sets = offline.load_suite(files)
+    found = [(each, mark(each.kind, each.score, each.items, ["A", "B"] * 20)) for each in sets]
+    scores = offline.summarize(found)
+    width = scores.sets[0].interval.high - scores.sets[0].interval.low
+    assert 0.6 * width < scores.kr.high - scores.kr.low < 0.8 * width
+
+
 def test_a_stopped_suite_asks_nothing_twice(suite, tmp_path, monkeypatch):
     model, encoder, files = suite
     sets = offline.load_suite(files)
