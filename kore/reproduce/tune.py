@@ -20,7 +20,7 @@ from kore.errors import KoreError
 from kore.reproduce import cell
 from kore.reproduce.prepare import VALIDATION_WORLDS, World
 from kore.reproduce.settings import MOST, RULE, TUNED, Setting, read_tuned, search, start, tuned_rows
-from kore.reproduce.studies import Row
+from kore.reproduce.studies import AUGMENTED, LLAVA, Row
 from kore.reproduce.tasks import Say, workers
 from kore.reproduce.worlds import Plan, make_tower, make_world, measure_world
 
@@ -131,14 +131,14 @@ def tune(
         KoreError: There is no such row, or a cell fails.
     """
     home, file = Path(directory), file or TUNED
-    known = {row.id: row for row in tuned_rows()}
+    known = {row.id: row for row in sorted(tuned_rows(), key=lambda row: (row.family != LLAVA, row.data != AUGMENTED))}
     for name in rows or ():
         if name not in known:
             raise KoreError(f"rows: expected names out of {', '.join(known)}, got {name!r}")
     chosen = [known[name] for name in rows] if rows else list(known.values())
     pool = workers(processes)
     try:
-        worlds = {name: _worlds(name, home, pool, say) for name in dict.fromkeys(row.family for row in chosen)}
+        worlds = _worlds(list(dict.fromkeys(row.family for row in chosen)), home, pool, say)
         tuning = Tuning(home / "tuning", worlds, pool, cell.FULL, file, say)
         with ThreadPoolExecutor(processes + 1) as threads:
             for future in [threads.submit(tuning.row, row) for row in chosen]:
@@ -148,14 +148,22 @@ def tune(
     return read_tuned(file)
 
 
-def _worlds(family: str, home: Path, pool: Executor, say: Say) -> list[World]:
-    plans = [Plan.of(family, world, home / "worlds", False, SPLIT) for world in VALIDATION_WORLDS]
-    pool.submit(make_tower, plans[0]).result()
-    made = [pool.submit(make_world, plan) for plan in plans]
-    worlds = [future.result() for future in made]
-    say(f"{family}: validation worlds {', '.join(str(plan.world) for plan in plans)} are there")
-    outputs = [home / "tuning" / family / f"untouched-world-{plan.world}" for plan in plans]
-    asked = [pool.submit(measure_world, plan, False, False, output) for plan, output in zip(plans, outputs)]
-    for future in asked:
-        future.result()
+def _worlds(families: Sequence[str], home: Path, pool: Executor, say: Say) -> dict[str, list[World]]:
+    plans = {
+        name: [Plan.of(name, world, home / "worlds", False, SPLIT) for world in VALIDATION_WORLDS] for name in families
+    }
+    towers = {name: pool.submit(make_tower, each[0]) for name, each in plans.items()}
+    making = {}
+    for name, each in plans.items():
+        towers[name].result()
+        making[name] = [pool.submit(make_world, plan) for plan in each]
+    worlds = {name: [future.result() for future in futures] for name, futures in making.items()}
+    asked = [
+        pool.submit(measure_world, plan, False, False, home / "tuning" / name / f"untouched-world-{plan.world}")
+        for name, each in plans.items()
+        for plan in each
+    ]
+    for name, world, future in zip((one for one in plans for _ in plans[one]), VALIDATION_WORLDS * len(plans), asked):
+        marks = future.result()
+        say(f"{name} world {world}: untouched, K.A {marks['ka']:.1f}, K.R {marks['kr']:.1f}")
     return worlds
