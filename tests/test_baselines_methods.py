@@ -77,7 +77,8 @@ def test_all_methods_train_as_many_parameters(kind):
         assert 0.97 < count / counts["lora"] <= 1, method
 
 
-@pytest.mark.parametrize("method", ["moelora", *(pytest.param(m, marks=SLOW) for m in ("o-lora", "sefe", "cia"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["moelora", "o-lora", "sefe", "cia"])
 def test_however_a_step_is_split_it_is_the_same(root, tmp_path, method):
     steps = {"max_steps": 2 if method == "moelora" else 4}
     history, whole = run(root, tmp_path / "whole", method, QUICK[method], **steps)
@@ -163,7 +164,7 @@ def end_to_end(tmp_path, kind, method, options, rank=4, asks=BRIEF):
     [
         pytest.param("llava", "o-lora", marks=SLOW),
         pytest.param("qwen_vl", "o-lora", marks=SLOW),
-        ("llava", "sefe"),
+        pytest.param("llava", "sefe", marks=SLOW),
         pytest.param("qwen_vl", "sefe", marks=SLOW),
         pytest.param("llava", "cia", marks=SLOW),
         pytest.param("qwen_vl", "cia", marks=SLOW),

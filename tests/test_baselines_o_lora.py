@@ -144,6 +144,7 @@ def test_weights_and_covariance_give_their_largest_directions():
     assert not Previous(baseline("o-lora", previous="none").options, None).factors(start)
 
 
+@pytest.mark.slow
 def test_training_turns_away_from_the_one_before_and_starts_at_the_untouched_model(root, tmp_path):
     histories, trained = {}, {}
     for label, method, options in (

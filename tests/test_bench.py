@@ -252,6 +252,7 @@ def suite(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_runs_whole_on_tiny_shapes(tmp_path):
     ended = suite(tmp_path, "--device", "cpu", "--quick", "--output", "gpu.json", "--commit", "abc")
     assert ended.returncode == 0, ended.stdout + ended.stderr

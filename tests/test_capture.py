@@ -366,6 +366,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_kill_9_during_capture(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "killed"), str(torch.get_num_threads())]

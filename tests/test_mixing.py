@@ -181,6 +181,7 @@ def killed_after_one_input(words: list[str], threads: int) -> None:
     main(words)
 
 
+@pytest.mark.slow
 def test_killed_with_every_option_it_ends_with_the_same_files(work, tmp_path, capsys):
     options = ["-c", "a/cov", "--group", "mme", "--group", "maths", "--weights", "2,1"]
     options += ["--set", "adapter.train_a=true", "--set", "adapter.strength=0.5"]
@@ -204,6 +205,7 @@ def test_killed_with_every_option_it_ends_with_the_same_files(work, tmp_path, ca
     assert written["config"]["strength"] == 0.5 and written["config"]["train_a"] and not written["a_frozen"]
 
 
+@pytest.mark.slow
 def test_a_run_of_one_benchmark_with_a_trained_a(work, tmp_path):
     from peft import PeftModel
 

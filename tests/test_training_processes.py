@@ -66,6 +66,7 @@ def here(root: Path, output: Path, method: str = "random-a", strength: float | N
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_run_killed_while_it_writes_a_checkpoint_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
     """18 steps, checkpoints at 5, 10, 15; SIGKILL in the middle of writing the one at 10."""
     whole = here(root, tmp_path / "whole")

@@ -79,7 +79,9 @@ def evaluate(
         {
             "new": [{"file": file, "image_root": image_root} for file in questions or []],
             "old": [{"file": file, "image_root": image_root} for file in old or []],
-            "batch_size": batch_size, "max_new_tokens": max_new_tokens, "on_bad_row": on_bad_row,
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "on_bad_row": on_bad_row,
             **_given(cem=cem, f1=f1),
         },
         adapter,
