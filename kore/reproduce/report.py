@@ -68,7 +68,7 @@ def write_report(
     _findings(report, results)
     _cases(report, work, results)
     report.section("What differs from the paper, and why", _DIFFERENCES)
-    _setting(report, work, values)
+    _setting(report, work, tables, values)
     return report.write(work.directory / "report.html")
 
 
@@ -76,8 +76,11 @@ def _mean(results: Results, row: str, measure: str) -> Interval | None:
     return interval(results.values(f"{LLAVA}/{row}", measure))
 
 
-def _text(value: Interval | None, digits: int = 1) -> str | None:
-    return None if value is None else format(value, f".{digits}f")
+def _text(value: Interval | None, spec: str = ".1f") -> str | None:
+    """Mean ± half the interval, which is symmetric."""
+    if value is None:
+        return None
+    return format(value.value, spec) + ("" if value.high is None else f" ± {value.high - value.value:.1f}")
 
 
 def _tiles(results: Results) -> list[tuple[str, str, str]]:
@@ -93,7 +96,7 @@ def _summary(results: Results, quick: bool, tables: Mapping[str, Table]) -> str:
     paragraphs = [
         "K.A: questions about new knowledge, mean of CEM and F1. K.R: old questions, mean over seven dimensions. Avg "
         "is their mean, HARS the harmonic mean of relative gain and relative retention (paper, section 4). Percent; "
-        "brackets are 95 % intervals over worlds."
+        "what follows ± is half of a 95 % interval over worlds."
     ]
     for measure, name in (("hars", "HARS"), ("avg", "Avg")):
         order = ranking(results, LLAVA, measure)
@@ -138,25 +141,24 @@ def _plane(report: Any, results: Results) -> None:
 
 
 def _observations(report: Any, claims: Sequence[Observation], quick: bool) -> None:
-    counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in (HOLDS, FAILS, OPEN)}
-    said = ", ".join(f"{count} {'hold' if verdict == HOLDS else verdict}" for verdict, count in counts.items())
+    counts = [sum(claim.verdict == verdict for claim in claims) for verdict in (HOLDS, FAILS, OPEN)]
     report.section(
         "The paper's observations",
-        f"Eleven observations and two findings: {said}. A claim holds where every number that it is made of is above "
-        "0 with its whole interval, and does not hold where one is below. The second verdict has every baseline "
-        "on KORE's augmented data." + (" With one world nothing can be told." if quick else ""),
+        f"Eleven observations and two findings: {counts[0]} hold, {counts[1]} do not, {counts[2]} cannot be told. A "
+        "claim holds where every number that it is made of is above 0 with its whole interval, and does not hold where "
+        "one of them is below. The second verdict has every baseline on KORE's augmented data."
+        + (" With one world nothing can be told." if quick else ""),
     )
-    rows = []
+    rows = [
+        [claim.name, claim.verdict, overall(claim.like_for_like) if claim.like_for_like else None, claim.claim]
+        for claim in claims
+    ]
+    report.table(["", "as the paper ran it", "same data", "claim"], rows)
     for claim in claims:
-        same = overall(claim.like_for_like) if claim.like_for_like else None
-        rows.append([claim.name, claim.claim, claim.paper, claim.verdict, same, claim.remark or None])
-    report.table(["", "claim", "in the paper", "as the paper ran it", "same data", "remark"], rows)
-    for claim in claims:
-        lines = [*map(_part, claim.parts)]
+        lines = [f"In the paper: {claim.paper}.", claim.remark, "", *map(_part, claim.parts)]
         if claim.like_for_like:
             lines += ["", "same data:", *map(_part, claim.like_for_like)]
-        if lines:
-            report.code("\n".join(lines), f"Observation {claim.name}: the numbers")
+        report.code("\n".join(lines), f"{claim.name}: the numbers")
 
 
 def _part(part: Part) -> str:
@@ -180,12 +182,12 @@ def _about(name: str, table: Table) -> str:
 def _table(report: Any, table: Table) -> None:
     rows = []
     for line in table.lines:
-        label = line.label + ("" if line.tuned else " †")
-        rate = None if line.learning_rate is None else f"{line.learning_rate:g}"
-        numbers = [_text(line.values.get(column)) for column in table.columns]
-        rows.append([label, line.trainable, rate, line.strength, *numbers])
-    notes = "Mean over worlds and 95 % interval; leads are over KORE, paired by world. † not tuned."
-    report.table(["", "trained", "rate", "strength", *table.columns], rows, notes, digits=2)
+        numbers = [
+            _text(line.values.get(column), "+.1f" if column.endswith("lead") else ".1f") for column in table.columns
+        ]
+        rows.append([line.label + ("" if line.tuned else " †"), *numbers])
+    leads = " Leads are over KORE, paired by world." if any(name.endswith("lead") for name in table.columns) else ""
+    report.table(["", *table.columns], rows, f"Mean over worlds ± half of the 95 % interval.{leads} † not tuned.")
 
 
 def _bars(results: Results, names: Sequence[str], prefix: str, rows: Sequence[str]) -> dict[str, Any]:
@@ -315,7 +317,7 @@ def _case(part: str, answers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _setting(report: Any, work: Any, values: Mapping[str, Any]) -> None:
+def _setting(report: Any, work: Any, tables: Mapping[str, Table], values: Mapping[str, Any]) -> None:
     tuned = read_tuned()
     report.section("Setting")
     plan = next(iter(work.plans.values()))
@@ -332,6 +334,16 @@ def _setting(report: Any, work: Any, values: Mapping[str, Any]) -> None:
             "failed": ", ".join(values["failures"]) or None,
         }
     )
+    lines = {line.row: line for table in tables.values() for line in table.lines if line.row}
+    report.table(
+        ["row", "worlds", "trained parameters", "learning rate", "strength"],
+        [
+            [row + ("" if line.tuned else " †"), line.worlds, line.trainable, f"{line.learning_rate:g}",
+             None if line.strength is None else f"{line.strength:g}"]
+            for row, line in lines.items()
+        ],
+        "What every row was given. † not tuned.",
+    )  # fmt: skip
     for row, found in sorted(tuned["rows"].items()):
-        lines = [str(one) for one in found["measured"]]
-        report.code("\n".join(lines), f"Measured for {row}; taken: rate {found['learning_rate']:g}")
+        tried = "\n".join(map(str, found["measured"]))
+        report.code(tried, f"Measured for {row}; taken: rate {found['learning_rate']:g}")

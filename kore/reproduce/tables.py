@@ -182,7 +182,11 @@ def _table(results: Results, name: str, title: str, rows: Sequence[Row]) -> Tabl
             missing.append(row.label)
             continue
         lines.append(_line(results, row, columns, leads))
-    return Table(name, title, (*columns, *leads), tuple(lines), tuple(missing))
+    parts = [column for column in columns if column not in _MAIN]
+    shown = (*parts, *(column for column in SCORES if column in columns), *leads)
+    return Table(
+        name, title, (*shown, *(column for column in ("CEM", "F1") if column in columns)), tuple(lines), tuple(missing)
+    )
 
 
 def _untouched(results: Results, family: str, columns: Mapping[str, str]) -> Line:
