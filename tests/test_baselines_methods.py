@@ -159,17 +159,9 @@ def end_to_end(tmp_path, kind, method, options, rank=4, asks=BRIEF):
     return config, history
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"),
-    [
-        pytest.param("llava", "o-lora", marks=SLOW),
-        pytest.param("qwen_vl", "o-lora", marks=SLOW),
-        pytest.param("llava", "sefe", marks=SLOW),
-        pytest.param("qwen_vl", "sefe", marks=SLOW),
-        pytest.param("llava", "cia", marks=SLOW),
-        pytest.param("qwen_vl", "cia", marks=SLOW),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llava", "qwen_vl"])
+@pytest.mark.parametrize("method", ["o-lora", "sefe", "cia"])
 def test_from_yaml_to_report(kind, method, tmp_path):
     options = {
         "o-lora": {"previous_steps": 2},
