@@ -15,7 +15,7 @@ from typing import Any
 from kore.reproduce.studies import BY_ID, ROWS, Row
 
 TUNED = Path(__file__).parent / "data" / "tuned.json"
-MOST = 6
+MOST = 5
 RULE = (
     f"{MOST} settings a row: learning rates 0.001 · 2^k and, for a method with a strength, its first strength · 4^j. "
     "Measured are the starting point and then the neighbours of the best setting so far, those of the strength first, "
