@@ -26,7 +26,7 @@ from kore.reproduce.world.lore import lore, new_things
 from kore.reproduce.world.new import TYPES
 from kore.reproduce.world.old import DIMENSIONS, TASKS, old_items
 
-TINY = Schedule(steps=2, batch_size=4, pictures=120, rounds=1, tower_steps=2, tower_pictures=70)
+TINY = Schedule(2, batch_size=4, pictures=120, rounds=1, align_steps=2, tower_steps=2, tower_pictures=70)
 FEW = Sizes(things=2, rounds=1, per_fact=1, per_task=1, per_group=2)
 
 

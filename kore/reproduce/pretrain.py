@@ -44,6 +44,7 @@ class Schedule:
         pictures: Pictures and text-only talks that are drawn.
         rounds: Different conversations about each.
         rate: Peak learning rate of AdamW; Muon's is ten times that.
+        align_steps: Of the projector alone, before.
         tower_steps: Of the Qwen2.5-VL tower.
         tower_pictures: It is trained on.
     """
@@ -53,6 +54,7 @@ class Schedule:
     pictures: int = 9000
     rounds: int = 3
     rate: float = 2.5e-3
+    align_steps: int = 300
     tower_steps: int = 1000
     tower_pictures: int = 16_000
 
@@ -295,7 +297,8 @@ def pretrain(
         log: Is told a line now and then.
 
     Returns:
-        What :data:`ABOUT` holds: the schedule, seconds, parameters and the sha256 of the weights.
+        What :data:`ABOUT` holds: the schedule, seconds, what the projector shows, parameters, and the sha256
+        of the weights.
     """
     key = {"family": name, "world": world, **asdict(schedule)}
     done = directory / ABOUT
@@ -304,6 +307,8 @@ def pretrain(
         if about["key"] == key:
             return about
     kind, known, shared = family(name), lore(world), towers / name
+    from kore.reproduce.vision import align
+
     prepare_tower(name, shared, schedule, log)
     clock = Clock()
     torch.set_num_threads(1)
@@ -316,6 +321,10 @@ def pretrain(
     pool = draw_pool(model, kind, tokenizer, known, schedule, rng)
     log(f"{len(pool.examples)} conversations about {len(pool.sizes)} pictures  {clock}")
     whiten(model, kind, pool.rows[:1500])
+    seeing = align(
+        model, kind, schedule.align_steps, np.random.default_rng((world, 67)), pool=min(4000, schedule.pictures)
+    )
+    log(f"projector aligned  {clock}")
     train_language(model, kind, pool, schedule, rng, tokenizer.get_vocab()[kind.image_token], log)
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -328,6 +337,7 @@ def pretrain(
     about = {
         "key": key,
         **clock.as_dict(),
+        "projector_accuracy": seeing,
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": hashlib.sha256((partial / "model.safetensors").read_bytes()).hexdigest(),
     }
