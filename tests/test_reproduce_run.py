@@ -23,13 +23,12 @@ from kore.reproduce.cell import Job as CellJob
 from kore.reproduce.inputs import conversations
 from kore.reproduce.paper import MODELS, configuration, missing_files, paper_rows, run_paper
 from kore.reproduce.prepare import Sizes
-from kore.reproduce.pretrain import Schedule
 from kore.reproduce.settings import Setting
 from kore.reproduce.studies import BY_ID, GENERAL, KORE, LLAVA, Row
 from kore.reproduce.tasks import Task, run_tasks
 from kore.reproduce.worlds import Plan, make_world
+from tests.test_reproduce_worlds import TINY
 
-TINY = Schedule(steps=2, batch_size=4, pictures=120, rounds=1, tower_steps=2, tower_pictures=70)
 FEW = Sizes(things=2, rounds=1, per_fact=1, per_task=1, per_group=4)
 TWO = tuple(BY_ID[f"{LLAVA}/{name}"] for name in ("lora-plain", KORE))
 
