@@ -54,12 +54,12 @@ def workers(processes: int) -> Executor:
 
 
 def _alone() -> None:
-    """One thread, and Ctrl-C is for the process that gave the work."""
+    """One thread, and an end at once on Ctrl-C: what is half done is begun anew by the next call."""
     import signal
 
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
@@ -78,13 +78,14 @@ def run_tasks(
         tasks: Each after those it needs.
         pool: Where they run.
         processes: Of the pool.
-        say: Is told a line after each.
+        say: Is told a line at the start and after each.
         describe: What is said of a result.
 
     Raises:
         KoreError: A process was killed; what is finished stays, and the same call goes on from there.
     """
     outcome, waiting, clock = Outcome(), list(tasks), Left(tasks, processes)
+    say(f"{len(tasks)} pieces of work, about {minutes(clock.seconds())} with {processes} processes")
     running: dict[Future[Any], Task] = {}
     try:
         while waiting or running:
