@@ -21,10 +21,10 @@ RULE = (
     "Measured are the starting point and then the neighbours of the best setting so far, those of the strength first, "
     "or of the next best where all of the best one's are measured. The highest Avg on the validation worlds is taken"
 )
-FIRST_STRENGTH: Mapping[str, float] = {"ewc": 16.0, "lwf": 1.0, "o-lora": 1.0, "sefe": 2500.0}
+FIRST_STRENGTH: Mapping[str, float] = {"ewc": 64.0, "lwf": 0.25, "o-lora": 1.0, "sefe": 625.0}
 FIRST_PENALTY = 32.0
 """λ of two-sided protection."""
-_START: Mapping[str, int] = {"full": -1, "kore": 6, "random-a": 3, "moelora": 2, "cia": 2}
+_START: Mapping[str, int] = {"full": -1, "kore": 5, "random-a": 3, "moelora": 2}
 _START_TRAIN_A, _START_LORA = 3, 1
 
 
