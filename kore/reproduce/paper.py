@@ -31,7 +31,8 @@ from kore.reproduce.studies import (
 )
 from kore.reproduce.tasks import Say
 
-LORA_RANK = 128
+LORA_RANK = "match-lora-128"
+"""128 where A is trained; for MoELoRA, what its routers leave of that budget."""
 RANKS = (64, 128, 256)
 FULL_RATE = 2e-5
 _THREE = (plain("lora"), plain("replay"), KORE, BALANCED, TWO_SIDED)
