@@ -173,7 +173,7 @@ def test_muon_moves_a_matrix_by_an_orthogonal_one() -> None:
 
 @pytest.mark.slow
 def test_a_killed_preparation_goes_on(tmp_path: Path) -> None:
-    endless = "Schedule(steps=100_000, batch_size=4, pictures=120, rounds=1)"
+    endless = "Schedule(steps=100_000, batch_size=4, pictures=120, rounds=1, align_steps=2)"
     script = (
         "import sys; from pathlib import Path; from kore.reproduce.prepare import prepare_world; "
         "from kore.reproduce.pretrain import Schedule; "
