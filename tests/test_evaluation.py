@@ -93,7 +93,7 @@ def test_a_stopped_evaluation_goes_on(tiny, questions, tmp_path, monkeypatch):
     assert json.loads((stopped / "scores.json").read_text())["overall"]["count"] == 5
 
 
-@pytest.mark.parametrize("change", ["weights", "question", "length"])
+@pytest.mark.parametrize("change", ["weights", "question", "rounds before", "length"])
 def test_answers_of_another_model_or_question_are_not_kept(tiny, questions, tmp_path, change, monkeypatch):
     model, encoder, _ = tiny
     evaluate(model, encoder, questions[:2], max_new_tokens=2, output=tmp_path, progress=False)
@@ -107,6 +107,8 @@ def test_answers_of_another_model_or_question_are_not_kept(tiny, questions, tmp_
         parameter.data.add_(0.5)
     elif change == "question":
         again = [questions[0], replace(questions[1], answer="blue")]
+    elif change == "rounds before":
+        again = [questions[0], replace(questions[1], history=(("Is it red?", "yes"),))]
     else:
         tokens = 3
     evaluate(model, encoder, again, max_new_tokens=tokens, output=tmp_path, progress=False)

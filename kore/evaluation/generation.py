@@ -324,5 +324,6 @@ def _state(model: torch.nn.Module, questions: Sequence[Question], max_new_tokens
             flat = tensor.detach().flatten()
             index = torch.linspace(0, flat.numel() - 1, _WEIGHT_SAMPLES, dtype=torch.float64).long()
             digest.update(str(flat[index.to(flat.device)].double().tolist()).encode())
-    asked = hashlib.sha256(json.dumps([[q.question_id, str(q.image), q.text, q.answer] for q in questions]).encode())
+    rows = [[q.question_id, str(q.image), q.text, q.answer, *q.history] for q in questions]
+    asked = hashlib.sha256(json.dumps(rows).encode())
     return {"weights": digest.hexdigest(), "questions": asked.hexdigest(), "max_new_tokens": max_new_tokens}
