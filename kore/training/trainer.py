@@ -164,8 +164,7 @@ class KoreTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         if self._penalty is not None and model.training:
             loss = loss + self._added(self._penalty, passed, num_items_in_batch is not None)
-        outputs = passed.outputs
-        return (loss, outputs) if return_outputs else loss
+        return (loss, passed.outputs) if return_outputs else loss
 
     def _added(self, penalty: Penalty, passed: Forward, split: bool) -> torch.Tensor:
         """What the penalty adds to the loss of one forward pass.
