@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from kore.errors import ConfigError, DataError, KoreError
+from kore.evaluation.decoding import continuations, positions
 from kore.evaluation.measures import Measures
 from kore.evaluation.results import Answer, EvalResult, LeftOut, Store
 from kore.metrics import CemRule, F1Rule
@@ -148,7 +148,7 @@ def _askable(
 
     ``bad`` gets the reasons of those left out.
     """
-    room = _positions(model)
+    room = positions(model)
     kept = []
     for batch in batches:
         good = []
@@ -180,15 +180,6 @@ def _check_length(
         )
 
 
-def _positions(model: Any) -> int | None:
-    """How many tokens the language model has positions for, as far as its configuration says."""
-    config = getattr(model, "config", None)
-    text = getattr(config, "text_config", None) or config
-    found = text.get("max_position_embeddings") if isinstance(text, dict) else None
-    found = getattr(text, "max_position_embeddings", found)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def _refuse(index: int, error: DataError, on_bad_question: str, bad: dict[int, str]) -> None:
     if on_bad_question == "fail":
         raise DataError(f"{error}; with skip in place of fail such questions are left out") from error.__cause__
@@ -206,10 +197,6 @@ def _generate(
     bad: dict[int, str],
     progress: bool,
 ) -> Iterator[dict[int, str]]:
-    import torch
-
-    settings = _generation_config(model, encoder, max_new_tokens)
-    device, unused = next(model.parameters()).device, _unused(model)
     was_training = model.training
     model.eval()
     try:
@@ -218,27 +205,10 @@ def _generate(
             if not examples:
                 continue
             inputs = encoder.collate(list(examples.values()), padding_side="left")
-            inputs = {name: _placed(value, model, device) for name, value in inputs.items() if name not in unused}
-            with torch.no_grad():
-                tokens = model.generate(**inputs, generation_config=settings)
-            prompt = inputs["input_ids"].shape[1]
-            yield {i: encoder.decode(row[prompt:]).strip() for i, row in zip(examples, tokens)}
+            said = continuations(model, encoder, inputs, max_new_tokens)
+            yield {i: text.strip() for i, text in zip(examples, said)}
     finally:
         model.train(was_training)
-
-
-def _unused(model: Any) -> set[str]:
-    """What tokenizers and encoders may give that ``generate`` refuses."""
-    from kore.models import base_model
-
-    taken = inspect.signature(base_model(model).forward).parameters
-    return {"labels"} | ({"token_type_ids"} - set(taken))
-
-
-def _placed(value: torch.Tensor, model: Any, device: torch.device) -> torch.Tensor:
-    """On the model's device, pixels in its dtype."""
-    dtype = getattr(model, "dtype", None) if value.is_floating_point() else None
-    return value.to(device, dtype or value.dtype)
 
 
 def _encoded(
@@ -264,27 +234,6 @@ def _tracked(batches: Sequence[Sequence[int]], progress: bool) -> Iterator[Seque
     console = Console(stderr=True)
     quiet = not progress or not console.is_terminal
     return iter(track(batches, "answering", console=console, disable=quiet, transient=True))
-
-
-def _generation_config(model: Any, encoder: Encoder | ProcessorPrompts, max_new_tokens: int) -> Any:
-    """Plain greedy decoding; a checkpoint's own sampling and repetition settings are left out."""
-    from transformers import GenerationConfig
-
-    ends: set[int] = set()
-    for value in (getattr(model.generation_config, "eos_token_id", None), encoder.tokenizer.eos_token_id):
-        ends.update([value] if isinstance(value, int) else value or [])
-    pad = encoder.tokenizer.pad_token_id
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad if pad is not None else min(ends, default=0),
-    )
 
 
 def _result(

@@ -405,7 +405,7 @@ class RunConfig(Section):
         if self.protection.strength is not None:
             if self.old is None:
                 raise ValueError("protection: it needs old data; add old.files, or leave protection.strength out")
-            if self.adapter.method not in ("kore", "random-a", "lora-null-v2") or self.adapter.train_a:
+            if self.adapter.baseline().trains_a or self.adapter.train_a:
                 raise ValueError("protection: it needs a frozen A, so method kore, random-a or lora-null-v2")
         return self
 

@@ -105,7 +105,7 @@ class Answerer:
         max_new_tokens: int | None = None,
     ) -> None:
         from kore.evaluation import load_prompts
-        from kore.evaluation.generation import _positions
+        from kore.evaluation.decoding import positions
         from kore.models import load_model
 
         if batch_size < 1:
@@ -119,7 +119,7 @@ class Answerer:
         self.batch_size = batch_size
         self.journal = Journal(journal)
         self.max_new_tokens = max_new_tokens
-        self._room = _positions(self.model)
+        self._room = positions(self.model)
         self._warned = 0
 
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[dict[int, str]]:
@@ -163,22 +163,12 @@ class Answerer:
         return known
 
     def _generate(self, examples: dict[int, Any], limit: int, stops: tuple[str, ...]) -> dict[int, str]:
-        import torch
-
-        from kore.evaluation.generation import _generation_config, _placed, _unused
+        from kore.evaluation.decoding import continuations
 
         inputs = self.encoder.collate(list(examples.values()), padding_side="left")
-        length = inputs["input_ids"].shape[1]
-        device, unused = next(self.model.parameters()).device, _unused(self.model)
-        inputs = {name: _placed(value, self.model, device) for name, value in inputs.items() if name not in unused}
-        settings = _generation_config(self.model, self.encoder, self._within(length, limit))
-        extra: dict[str, Any] = {}
-        if stops:
-            settings.stop_strings = list(stops)
-            extra["tokenizer"] = self.encoder.tokenizer
-        with torch.no_grad():
-            tokens = self.model.generate(**inputs, generation_config=settings, **extra)
-        return {index: _cut(self.encoder.decode(row[length:]), stops) for index, row in zip(examples, tokens)}
+        limit = self._within(inputs["input_ids"].shape[1], limit)
+        said = continuations(self.model, self.encoder, inputs, limit, stops)
+        return {index: _cut(text, stops) for index, text in zip(examples, said)}
 
     def _within(self, length: int, limit: int) -> int:
         """As many tokens as the model has positions for; where the prompt alone fills them, a short answer."""
