@@ -34,7 +34,8 @@ def section(suite: Suite) -> dict[str, Any]:
             lora_rank,
             rounds=5,
             seconds=0.5 * suite.left(),
-            exact=suite.quick,
+            wide=torch.float64 if suite.quick else torch.float32,
+            texts=2,
             checkpointing=True,
             say=_say,
         )

@@ -287,9 +287,13 @@ def test_a_model_whose_gradients_are_wrong_is_not_timed(stack, monkeypatch):
         step.measure(*stack, Clock(CPU), rank=6, lora_rank=3, rounds=1)
 
 
-def test_steps_with_checkpoints_are_checked_against_peft_in_the_same_dtype(stack):
+def test_steps_with_checkpoints_are_checked_on_a_few_texts_against_a_wider_copy(stack):
     base = step_peers.random_llama(STACK, CPU, torch.bfloat16)
-    found = step.measure(base, stack[1], Clock(CPU), 6, 3, rounds=1, exact=False, checkpointing=True)
-    assert found["checked_against"] == "PEFT r=6, A frozen" and found["dtype"] == "bfloat16"
+    batch = {key: torch.cat([value, value.flip(1)]) for key, value in stack[1].items()}
+    found = step.measure(
+        base, batch, Clock(CPU), 6, 3, rounds=1, wide=torch.float32, texts=1, checkpointing=True
+    )  # fmt: skip
+    assert found["checked_against"] == "float32" and found["dtype"] == "bfloat16"
+    assert found["tokens"] == 2 * stack[1]["input_ids"].numel()
     assert found["contenders"][step_peers.OURS]["saved_bytes"] is None
     assert set(found["contenders"][step_peers.OURS]["relative_error"]) == {"loss", "dx", "dB"}

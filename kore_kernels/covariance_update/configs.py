@@ -52,5 +52,8 @@ IN_PIECES: dict[int | str, TritonConfig] = {
 
 # Bytes that the sums of parts may take, beside as many as x has.
 WORKSPACE = 8 * 2**20
+# Two-byte rows that tensor cores add up without a float32 addition in between. Measured on an H100 (normal random x,
+# relative error of C): 7e-7 after 600 rows, 3.5e-6 after 2048, 2.1e-5 after 8192, by cuBLAS as by these kernels.
+MOST_ROWS = 4096
 # Rows of a tile that one program adds the parts of.
 SLAB = 16

@@ -11,7 +11,8 @@ program waits for another.
 
 *float32 values*, weighted rows among them, are multiplied as three bfloat16 pieces of 8 bits, which together are
 exact. Six products of pieces (three, if the other side is bfloat16) leave out what is below 2^-23 of the result, and
-each block of rows is summed by itself, because tensor cores truncate when they accumulate. TF32 in two pieces costs the
+each block of rows is summed by itself, because tensor cores truncate when they accumulate; for the same reason two-byte
+rows are added to C after every ``MOST_ROWS``. TF32 in two pieces costs the
 tensor cores as much, keeps 22 bits, and cannot read a tile that lies along the wrong axis in shared memory, as x does.
 
 *Loads* go through the tensor memory accelerator where there is one, except under a mask: what an excluded row holds may
@@ -34,6 +35,18 @@ from kore_kernels.triangle import lower_wide_tile, tiles_of_triangle
 
 
 def covariance_update(
+    C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor, triangle: str
+) -> None:
+    in_pieces = weight is not None or x.dtype == torch.float32
+    most = len(x) if in_pieces else configs.MOST_ROWS
+    for first in range(0, len(x), most):
+        rows = slice(first, first + most)
+        _update(
+            C, x[rows], None if mask is None else mask[rows], None if weight is None else weight[rows], alpha, triangle
+        )
+
+
+def _update(
     C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor, triangle: str
 ) -> None:
     n, d = x.shape

@@ -120,3 +120,13 @@ class TestLastWave:
         assert 0 < cut == tiles % 132 and parts > 1
         assert rows % self.config.block_n == 0 and (parts - 1) * rows < n <= parts * rows
         assert cut * parts * 128 * 128 * 4 <= configs.WORKSPACE + n * 4096 * 2
+
+
+@pytest.mark.parametrize(("dtype", "updates"), [(torch.bfloat16, 3), (torch.float32, 1)])
+def test_two_byte_rows_are_added_to_C_in_portions(backend, monkeypatch, dtype, updates):
+    monkeypatch.setattr(configs, "MOST_ROWS", 100)
+    calls = launched(monkeypatch)
+    x, mask = torch.randn(250, 40).to(dtype), torch.rand(250) > 0.3
+    for portion in (None, mask):
+        check(start(40), x, mask=portion, alpha=torch.tensor(0.5))
+    assert [call["name"] for call in calls].count("_covariance") == 2 * updates
