@@ -63,6 +63,15 @@ def dot_dtype(*tensors: Tensor) -> Any:
     return tl.float32 if dispatch.interpreting() or len(dtypes) > 1 else names.get(dtypes.pop(), tl.float32)
 
 
+def library_multiplies(*operands: Tensor) -> bool:
+    """Whether cuBLAS should multiply these: two-byte operands of one dtype, at which its main loop is far ahead.
+
+    The interpreter runs the kernels, which are what it is for.
+    """
+    dtype = operands[0].dtype
+    return dtype.itemsize == 2 and all(each.dtype == dtype for each in operands) and not dispatch.interpreting()
+
+
 def has_tma(tensor: Tensor) -> bool:
     """Whether the machine has a tensor memory accelerator, and this Triton can ask for it: 3.4 brought descriptors."""
     return _machine(tensor) in (INTERPRETER, 90, 100) and _has_descriptors()

@@ -166,12 +166,15 @@ def test_hooks_are_removed_and_flags_restored_after_an_error():
 @pytest.mark.parametrize("chunk", [1, 7, 64, 200])
 @pytest.mark.parametrize("kind", ["packed", "square"])
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "placed late"])
-def test_the_token_buffer_changes_nothing_and_ignores_what_padding_holds(chunk, kind, late):
+@pytest.mark.parametrize("zeroes", [False, True], ids=["masked", "zeroed, as on a GPU"])
+def test_the_token_buffer_changes_nothing_and_ignores_what_padding_holds(chunk, kind, late, zeroes):
     torch.manual_seed(0)
     x, mask = torch.randn(2, 200, 9), torch.rand(2, 200) > 0.3
     x[~mask] = float("nan")
     storage, cpu = Storage(kind, torch.float64), torch.device("cpu")
     pair = [Accumulator(9, cpu, storage, buffer_rows=64) for _ in range(2)]
+    for accumulator in pair:
+        accumulator._zeroes = zeroes
     for start in range(0, 200, chunk):
         if not late or start > 100:
             for accumulator in pair:

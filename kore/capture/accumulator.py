@@ -26,6 +26,8 @@ class Accumulator:
     def __init__(self, dim: int, device: torch.device, storage: Storage, buffer_rows: int) -> None:
         self.dim, self.device, self.storage, self.buffer_rows = dim, device, storage, buffer_rows
         self.triangle: Triangle | None = None
+        # On a GPU an update without a mask is the fastest, so rows that do not count are zeros in the buffer.
+        self._zeroes = device.type == "cuda"
         self._visits = False
         self._waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._buffer: torch.Tensor | None = None
@@ -65,7 +67,12 @@ class Accumulator:
         if self._buffer is None:
             self._buffer = x.new_empty(self.buffer_rows, self.dim)
         start, stop = self._fill, self._fill + x.shape[0]
-        self._buffer[start:stop].copy_(x)
+        rows = self._buffer[start:stop]
+        if mask is not None and self._zeroes:
+            torch.where(mask[:, None], x, x.new_zeros(()), out=rows)
+            mask = None
+        else:
+            rows.copy_(x)
         if mask is not None and self._mask is None:
             self._mask = torch.ones(self.buffer_rows, dtype=torch.bool, device=x.device)
         if self._mask is not None:

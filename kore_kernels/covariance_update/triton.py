@@ -15,9 +15,9 @@ each block of rows is summed by itself, because tensor cores truncate when they 
 rows are added to C after every ``MOST_ROWS``. TF32 in two pieces costs the
 tensor cores as much, keeps 22 bits, and cannot read a tile that lies along the wrong axis in shared memory, as x does.
 
-*Loads* go through the tensor memory accelerator where there is one, except under a mask: what an excluded row holds may
-be NaN, so it must not be loaded, and the accelerator cannot leave out rows. Then they are asynchronous copies through
-pointers, which can. An x that neither can read in 16-byte pieces is copied first.
+*Loads* go through the tensor memory accelerator where there is one. It cannot leave out the rows that a mask excludes,
+which may hold NaN: two-byte rows are copied with zeros in their place, others are fetched by asynchronous copies through
+pointers. An x that neither can read in 16-byte pieces is copied too.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def covariance_update(
     C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor, triangle: str
 ) -> None:
     in_pieces = weight is not None or x.dtype == torch.float32
+    if mask is not None and not in_pieces and gpu.has_tma(C):
+        x, mask = torch.where(mask[:, None], x, x.new_zeros(())), None
     most = len(x) if in_pieces else configs.MOST_ROWS
     for first in range(0, len(x), most):
         rows = slice(first, first + most)

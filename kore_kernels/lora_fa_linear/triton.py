@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kore_kernels import dispatch, gpu
-from kore_kernels.lora_fa_linear import configs, dropout
+from kore_kernels.lora_fa_linear import configs, dropout, native
 from kore_kernels.padding import pad_columns, padded
 
 
@@ -36,7 +36,14 @@ def forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    library = gpu.library_multiplies(x, weight, A, B)
+    if library and seed is None:
+        return native.forward(x, weight, bias, A, B, scaling)
     h = project(x, A.T, A.shape[0], dropout_p, seed)
+    if library:
+        y = F.linear(x, weight, bias)
+        native.add_product_(y, h, pad_columns(B).T, scaling)
+        return y, h
     return two_products(x, weight.T, bias, h, pad_columns(B).T, scaling), h
 
 
@@ -50,6 +57,8 @@ def backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
+    if seed is None and gpu.library_multiplies(g, B, g if weight is None else weight):
+        return native.backward(g, weight, A, B, h, scaling)
     gB, dB = gradients(g, B, h, scaling, want_gB=weight is not None)
     if weight is None or A is None or gB is None:
         return None, dB
@@ -72,11 +81,15 @@ def merged_backward(
 
 def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """W + s B A in W's dtype, rounded once."""
+    if gpu.library_multiplies(weight, A, B):
+        return native.merged(weight, A, B, scaling)
     return two_products(pad_columns(B), A, scaling=scaling, add=weight)
 
 
 def project(x: Tensor, basis: Tensor, rank: int, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """drop(x) @ basis[:, :rank] in basis's dtype as (N, padded(rank)) whose other columns are zero."""
+    if seed is None and gpu.library_multiplies(x, basis):
+        return native.project(x, basis, rank)
     h = x.new_empty(x.shape[0], padded(rank), dtype=basis.dtype)
     _launch_two_products(configs.NARROW_HALF, h, x, basis[:, :rank], None, None, None, 1.0, None, dropout_p, seed)
     return h
@@ -242,6 +255,9 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(gB = g B with padded columns if wanted, dB = scaling gᵀ h if h is given), both in B's dtype."""
     (m, n), r = g.shape, B.shape[1]
+    if gpu.library_multiplies(g, B):
+        gB = g @ pad_columns(B) if want_gB else None
+        return gB, None if h is None else native.gradient_of_B(g, h, r, scaling)
     dot_dtype = gpu.dot_dtype(g, B)
     single = dot_dtype == tl.float32
     config = gpu.pick(configs.SINGLE if single else configs.NARROW_HALF, g)

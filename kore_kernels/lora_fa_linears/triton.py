@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kore_kernels import gpu
 from kore_kernels.lora_fa_linear.triton import gradients, project, two_products
+from kore_kernels.lora_fa_linears import native
 from kore_kernels.padding import pad, pad_columns
 
 
@@ -24,6 +26,8 @@ def forward(
     Bs: Sequence[Tensor],
     scaling: float,
 ) -> tuple[list[Tensor], Tensor]:
+    if gpu.library_multiplies(x, *weights, U):
+        return native.forward(x, weights, biases, U, Rs, Bs, scaling)
     h = project(x, pad_columns(U), U.shape[1])
     ys = [
         two_products(x, weight.T, bias, _rotate(h, R), pad_columns(B).T, scaling)
@@ -41,6 +45,8 @@ def backward(
     h: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor | None, list[Tensor]]:
+    if gpu.library_multiplies(*gs, *weights, *Bs):
+        return native.backward(gs, weights, U, Rs, Bs, h, scaling)
     gBs, dBs = [], []
     for g, R, B in zip(gs, Rs, Bs):
         h_i = None if h is None else _rotate(h, R)
