@@ -1,10 +1,12 @@
 """Everything that only a GPU can show, in one command: correctness first, then times, in one JSON file.
 
     python -m benchmarks.gpu_suite                       # under 8 minutes on one H200
+    python -m benchmarks.gpu_suite --only correctness "lora correctness"; python -m benchmarks.gpu_suite --add --only …
     python -m benchmarks.gpu_suite --device cpu --quick  # the same code on tiny shapes
 
 Exit status: 0, everything asked for was checked and is right; 1, something is wrong or was not reached in time; 2, no
-GPU. The file is written after every section and holds what was reached, whatever happens.
+GPU. The file is written after every section and holds what was reached, whatever happens. ``--add`` adds to a file of
+the same code and machine, so that a run can be made in portions.
 
 To add a section: write ``def section(suite: Suite) -> dict`` that stops at ``suite.deadline``, calls ``suite.fail`` for
 what is wrong and ``suite.miss`` for what it did not reach, and returns what is to be stored; put it into ``SECTIONS``.
@@ -13,6 +15,7 @@ what is wrong and ``suite.miss`` for what it did not reach, and returns what is 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import threading
 import time
@@ -26,6 +29,7 @@ import torch
 
 import kore_kernels as kk
 from benchmarks import gpu_covariance, gpu_init, gpu_init_times, gpu_lora, gpu_model, gpu_step
+from kore.artifacts import read_json
 from kore.bench.machine import Roofline, describe, resolve_device
 from kore.bench.show import write_json
 from kore.bench.timing import Clock
@@ -115,8 +119,26 @@ SECTIONS = (
 )
 
 
-def run(suite: Suite, names: list[str], commit: str | None) -> int:
-    """Run the named sections; returns the exit status."""
+def go_on(suite: Suite) -> None:
+    """Take over what an earlier run left in the file.
+
+    Raises:
+        SystemExit: It was made by other code, on another machine or with other shapes.
+    """
+    earlier, own = read_json(suite.output), json.loads(json.dumps(suite.result))
+    for key in ("schema", "environment", "machine", "backend", "quick"):
+        if earlier.get(key) != own[key]:
+            raise SystemExit(
+                f"{suite.output}: its {key} is {earlier.get(key)}, and this run's {own[key]}: "
+                "give another --output, or leave out --add to write the file anew"
+            )
+    suite.wrong, suite.missed = earlier.pop("wrong"), earlier.pop("missed")
+    suite.result = earlier
+    suite.clean = {section.name: not suite.wrong for section in SECTIONS if section.name in earlier}
+
+
+def run(suite: Suite, names: list[str], commit: str | None, add: bool = False) -> int:
+    """Run the named sections; returns the exit status. Raises SystemExit as :func:`go_on`."""
     facts = environment()
     suite.result = {
         "schema": SCHEMA,
@@ -127,6 +149,8 @@ def run(suite: Suite, names: list[str], commit: str | None) -> int:
         "quick": suite.quick,
         "seconds": {},
     }
+    if add and suite.output.exists():
+        go_on(suite)
     suite.output.absolute().parent.mkdir(parents=True, exist_ok=True)
     chosen = [section for section in SECTIONS if section.name in names]
     for index, section in enumerate(chosen):
@@ -162,6 +186,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=450.0, help="seconds after which the suite ends")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these sections")
+    parser.add_argument("--add", action="store_true", help="keep the other sections that the file holds")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     arguments = parser.parse_args()
     if arguments.device != "cpu" and not torch.cuda.is_available():
@@ -178,7 +203,7 @@ def main() -> int:
     guard.daemon = True
     guard.start()
     try:
-        return run(suite, arguments.only, arguments.commit)
+        return run(suite, arguments.only, arguments.commit, arguments.add)
     finally:
         guard.cancel()
         guard.join()

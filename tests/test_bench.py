@@ -309,6 +309,29 @@ def test_a_wrong_kernel_fails_the_gpu_suite_and_is_not_timed(tmp_path, monkeypat
     assert "covariance" not in result and "model" not in result
 
 
+def test_the_gpu_suite_is_run_in_portions(tmp_path, monkeypatch):
+    from benchmarks import gpu_suite
+
+    ran = []
+
+    def section(name):
+        return gpu_suite.Section(name, lambda suite: ran.append(name) or {"of": suite.backend}, 1.0)
+
+    needy = gpu_suite.Section("times", lambda suite: {"of": 1}, 1.0, needs="one")
+    monkeypatch.setattr(gpu_suite, "SECTIONS", (section("one"), section("two"), needy))
+    first, second = make_suite(tmp_path), make_suite(tmp_path)
+    assert gpu_suite.run(first, ["one"], "abc", add=True) == 0
+    assert gpu_suite.run(second, ["two", "times"], "abc", add=True) == 0 and ran == ["one", "two"]
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"one", "two", "times"} <= set(result) and set(result["seconds"]) == {"one", "two", "times"}
+    with pytest.raises(SystemExit, match="its environment is .*abc.* give another --output"):
+        gpu_suite.run(make_suite(tmp_path), ["two"], "another", add=True)
+    (tmp_path / "gpu.json").write_text(json.dumps({**result, "wrong": ["one: off by one"]}))
+    assert gpu_suite.run(make_suite(tmp_path), ["times"], "abc", add=True) == 1
+    wrong = json.loads((tmp_path / "gpu.json").read_text())["wrong"]
+    assert wrong == ["one: off by one", "times: not run, because one found something wrong"]
+
+
 def test_a_kernel_that_raises_is_one_fault_and_the_other_checks_go_on(tmp_path, monkeypatch):
     import kore_kernels as kk
     from benchmarks.gpu_suite import run
