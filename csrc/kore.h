@@ -25,7 +25,14 @@ typedef enum {
     KORE_AMX_BF16 = 4
 } kore_isa;
 
-typedef enum { KORE_OK = 0, KORE_INVALID_ARGUMENT = 1, KORE_UNSUPPORTED_ISA = 2, KORE_OUT_OF_MEMORY = 3 } kore_status;
+typedef enum {
+    KORE_OK = 0,
+    KORE_INVALID_ARGUMENT = 1,
+    KORE_UNSUPPORTED_ISA = 2,
+    KORE_OUT_OF_MEMORY = 3,
+    KORE_UNSUPPORTED = 4,
+    KORE_CUDA_ERROR = 5
+} kore_status;
 
 /* One line of English for a status. */
 const char* kore_message(int status);
@@ -76,6 +83,66 @@ int kore_dropout(
     void* out,
     int isa,
     int threads
+);
+
+/* The GPU's kernels run on the current device, in stream order; they neither allocate nor wait. Statuses are of the
+ * launch. KORE_UNSUPPORTED: nothing was done, another backend can do it.
+ */
+
+/* What the CUDA runtime said when a call in this thread last returned KORE_CUDA_ERROR. */
+const char* kore_cuda_message(void);
+
+/* Bytes of device memory that kore_cuda_covariance_update needs beside its arguments. */
+int64_t kore_cuda_covariance_workspace(int64_t n, int64_t d);
+
+/* One triangle of C += alpha x^T x, as kore_covariance_update defines it, for x (n, d) bfloat16 or float16 with
+ * contiguous rows that begin at multiples of 16 bytes. alpha_factor: a number on the device that multiplies alpha, or
+ * NULL. The bits are the same in every run.
+ */
+int kore_cuda_covariance_update(
+    float* C,
+    int64_t d,
+    const void* x,
+    int64_t n,
+    int64_t stride_row,
+    int dtype,
+    float alpha,
+    const float* alpha_factor,
+    int upper,
+    void* workspace,
+    int64_t workspace_bytes,
+    void* stream
+);
+
+/* A matrix on the device, one of whose strides is 1; the other one and the address are multiples of 16 bytes. */
+typedef struct {
+    const void* data;
+    int64_t rows, columns, stride_row, stride_column;
+} kore_matrix;
+
+/* Bytes of device memory that kore_cuda_two_products needs beside its arguments. */
+int64_t kore_cuda_two_products_workspace(const kore_matrix* out, const kore_matrix* L, const kore_matrix* P);
+
+/* out = L R + bias + scaling P Q + add in one pass over out, or scaling L R + bias + add if P and Q are NULL; bias (a
+ * value for each of R's columns) and add may be NULL.
+ *
+ * All of one dtype, bfloat16 or float16; sums are float32. out and add: contiguous rows. The contiguous dimensions of
+ * L, R and P, Q: both products alike, and not L's columns beside R's rows reversed (L^T R is supported, L^T R^T is not).
+ * Columns of out beyond R's become zero. L may have more columns than R has rows, and P than Q, if those are zero.
+ */
+int kore_cuda_two_products(
+    const kore_matrix* out,
+    const kore_matrix* L,
+    const kore_matrix* R,
+    const void* bias,
+    const kore_matrix* P,
+    const kore_matrix* Q,
+    float scaling,
+    const kore_matrix* add,
+    int dtype,
+    void* workspace,
+    int64_t workspace_bytes,
+    void* stream
 );
 
 #ifdef __cplusplus

@@ -10,6 +10,10 @@ const char* kore_message(int status) {
             return "this processor or this build lacks the instruction set";
         case KORE_OUT_OF_MEMORY:
             return "not enough memory for the working buffers";
+        case KORE_UNSUPPORTED:
+            return "no compiled GPU kernel does this";
+        case KORE_CUDA_ERROR:
+            return "the CUDA runtime refused a call";
         default:
             return "unknown status";
     }
