@@ -2,15 +2,16 @@
 
     python benchmarks/gpu_native.py [--build-only] [--skip-debug]
 
-Builds build/native/*.so with nvcc where they are older than the sources. Every family of calls is checked against
-float64 in a process of its own, with a build in which a barrier that waits for five seconds is an error; then the release
-build is checked and timed beside cuBLAS, interleaved, the L2 cache flushed, medians.
+Builds build/native/*.so with nvcc unless they are of the same sources. Every family of calls is checked against float64
+in a process of its own, with a build in which a barrier that waits for five seconds is an error; then the release build
+is checked and timed beside cuBLAS, interleaved, the L2 cache flushed, medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import statistics
 import subprocess
 import sys
@@ -23,24 +24,44 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "native"
 BUILDS = {"debug": ["-DKORE_DEBUG_HANG"], "release": [], "registers": ["-DKORE_ADD_FROM_REGISTERS"]}
-NVCC = "nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -shared -Xcompiler -fPIC -cudart static".split()
+NVCC = [
+    "nvcc",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-Xcompiler",
+    "-fPIC",
+    "-cudart",
+    "static",
+]
 FAMILIES = ("forward", "input_gradient", "narrow", "covariance", "covariance_large")
 SECONDS = 60  # for one family
 ROUNDS = 11
 
 
 def build() -> None:
+    """Compiles what was not compiled from exactly these sources."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    newest = max(path.stat().st_mtime for path in [*SOURCES.iterdir(), ROOT / "csrc" / "kore.h"])
+    sources = sorted(SOURCES.iterdir()) + [ROOT / "csrc" / "kore.h"]
+    content = b"".join(path.read_bytes() for path in sources)
+    units = [str(path) for path in sources if path.suffix == ".cu"]
     running = []
     for name, defines in BUILDS.items():
-        library = BUILD / f"{name}.so"
-        if not library.exists() or library.stat().st_mtime < newest:
-            command = [*NVCC, *defines, *map(str, sorted(SOURCES.glob("*.cu"))), "-o", str(library)]
-            running.append((library, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
-    for library, process in running:
+        library, stamp = BUILD / f"{name}.so", BUILD / f"{name}.sha256"
+        command = [*NVCC, *defines]
+        digest = hashlib.sha256(" ".join(command).encode() + content).hexdigest()
+        if not library.exists() or not stamp.exists() or stamp.read_text() != digest:
+            stamp.unlink(missing_ok=True)
+            process = subprocess.Popen(
+                [*command, *units, "-o", str(library)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            running.append((name, stamp, digest, process))
+    for name, stamp, digest, process in running:
         output = process.communicate()[0].decode()
-        print(f"built {library.name}" if process.returncode == 0 else output, flush=True)
+        if process.returncode == 0:
+            stamp.write_text(digest)
+        print(f"built {name}" if process.returncode == 0 else output, flush=True)
 
 
 class Matrix(ctypes.Structure):
@@ -71,7 +92,9 @@ class Native:
         )  # fmt: skip
 
     def two_products(self, out, L, R, bias=None, P=None, Q=None, scaling=1.0, add=None) -> None:
-        matrices = {name: _matrix(t) for name, t in (("out", out), ("L", L), ("R", R), ("P", P), ("Q", Q), ("add", add))}
+        matrices = {
+            name: _matrix(t) for name, t in (("out", out), ("L", L), ("R", R), ("P", P), ("Q", Q), ("add", add))
+        }
         space = self._space(
             self.library.kore_cuda_two_products_workspace(matrices["out"], matrices["L"], matrices["P"])
         )
@@ -134,7 +157,7 @@ class Report:
         """``case`` gives (error, allowed error, what else is wrong)."""
         try:
             error, allowed, fault = case()
-        except Exception as exception:  # noqa: BLE001
+        except Exception as exception:
             self.failed += 1
             print(f"FAIL {self.family} {name}: {type(exception).__name__} {str(exception)[:200]}", flush=True)
             if "CUDA error" in str(exception):
@@ -148,7 +171,9 @@ class Report:
             print(f"FAIL {self.family} {name}: error {error:.2e}, allowed {allowed:.2e} {fault}", flush=True)
 
     def close(self) -> None:
-        print(f"{self.family}: {self.passed} passed, {self.failed} failed, worst {self.worst:.2f} of allowed", flush=True)
+        print(
+            f"{self.family}: {self.passed} passed, {self.failed} failed, worst {self.worst:.2f} of allowed", flush=True
+        )
 
 
 def where_wrong(difference, scale: float) -> str:
@@ -205,7 +230,9 @@ def covariance_case(native: Native, d: int, n: int, dtype, upper: bool, pitch: i
     return case
 
 
-def products_case(native: Native, m: int, n: int, k: int, r: int, dtype, majors: str, *, bias=False, add=False, extra=0):
+def products_case(
+    native: Native, m: int, n: int, k: int, r: int, dtype, majors: str, *, bias=False, add=False, extra=0
+):
     """majors: "KK" x W^T, "KM" g W, "MM" g^T h. r 0: one product. extra: padding columns of out beyond R's."""
     import torch
 
@@ -349,25 +376,25 @@ class Timer:
         return {name: statistics.median(b.elapsed_time(e) for b, e in pairs) for name, pairs in times.items()}
 
 
-def time_covariance(timer: Timer, release: Native, registers: Native) -> None:
+def time_covariance(timer: Timer, release: Native, registers: Native, d: int, n: int) -> None:
     import torch
 
-    print("\ncovariance bf16: ms (TFLOP/s of d(d+1)N); x^T x of cuBLAS has twice the flops", flush=True)
-    for d, n in ((4096, 600), (4096, 2048), (4096, 8192), (11008, 600), (11008, 2048), (11008, 8192)):
-        x = torch.randn(n, d, device="cuda").bfloat16()
-        C = torch.zeros(d, d, device="cuda")
-        out = torch.empty(d, d, device="cuda", dtype=torch.bfloat16)
-        times = timer({
+    x = torch.randn(n, d, device="cuda").bfloat16()
+    C = torch.zeros(d, d, device="cuda")
+    out = torch.empty(d, d, device="cuda", dtype=torch.bfloat16)
+    times = timer(
+        {
             "kore": lambda: release.covariance(C, x),
             "kore upper": lambda: release.covariance(C, x, upper=True),
             "kore, added from registers": lambda: registers.covariance(C, x),
             "mm": lambda: torch.mm(x.T, x, out=out),
-        })  # fmt: skip
-        flops = d * (d + 1) * n
-        bound = max(flops / 790e12, 4 * d * d / 3.35e12) * 1e3
-        shown = [f"{name} {ms:.4f} ({flops / ms / 1e9:.0f})" for name, ms in times.items()]
-        best = min((ms for name, ms in times.items() if name != "mm"), default=float("nan"))
-        print(f"d={d} n={n}: {', '.join(shown)}; bound {bound:.4f} = {bound / best:.0%} of kore", flush=True)
+        }
+    )
+    flops = d * (d + 1) * n
+    bound = max(flops / 790e12, 4 * d * d / 3.35e12) * 1e3
+    shown = [f"{name} {ms:.4f} ({flops / ms / 1e9:.0f})" for name, ms in times.items()]
+    best = min((ms for name, ms in times.items() if name != "mm"), default=float("nan"))
+    print(f"d={d} n={n}: {', '.join(shown)}; bound {bound:.4f} = {bound / best:.0%} of kore", flush=True)
 
 
 def time_products(timer: Timer, native: Native, d_in: int, d_out: int, r: int, m: int = 8192) -> None:
@@ -401,7 +428,9 @@ def time_products(timer: Timer, native: Native, d_in: int, d_out: int, r: int, m
         "y frozen": big,
     }  # fmt: skip
     flops |= {f"cuBLAS {name}": big if name in ("y", "dx") else flops[name] for name in ("y", "dx", "h", "gB", "dB")}
-    shown = [f"{name} {ms:.4f}" + (f" ({flops[name] / ms / 1e9:.0f})" if name in flops else "") for name, ms in t.items()]
+    shown = [
+        f"{name} {ms:.4f}" + (f" ({flops[name] / ms / 1e9:.0f})" if name in flops else "") for name, ms in t.items()
+    ]
     print(f"{d_in}->{d_out} r={r}: {', '.join(shown)}", flush=True)
     try:
         frozen = t["cuBLAS y"] + t["cuBLAS dx"]
@@ -419,16 +448,18 @@ def times() -> None:
 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     timer, release, registers = Timer(), Native("release"), Native("registers")
-    for d_in, d_out in ((4096, 4096), (4096, 11008), (11008, 4096)):
-        for r in (256, 240):
-            try:
-                time_products(timer, release, d_in, d_out, r)
-            except Exception:  # noqa: BLE001
-                traceback.print_exc()
-    try:
-        time_covariance(timer, release, registers)
-    except Exception:  # noqa: BLE001
-        traceback.print_exc()
+    calls = [
+        (time_products, (timer, release, d_in, d_out, r))
+        for d_in, d_out in ((4096, 4096), (4096, 11008), (11008, 4096))
+        for r in (256, 240)
+    ]
+    calls += [(time_covariance, (timer, release, registers, d, n)) for d in (4096, 11008) for n in (600, 2048, 8192)]
+    print("ms (TFLOP/s); a covariance has d(d+1)N flops, cuBLAS's mm does twice that", flush=True)
+    for function, arguments in calls:
+        try:
+            function(*arguments)
+        except Exception:
+            traceback.print_exc()
 
 
 def in_process(*arguments: str) -> subprocess.Popen:
@@ -470,7 +501,9 @@ def main() -> None:
         print(timing.communicate(timeout=120)[0], flush=True)
     except subprocess.TimeoutExpired:
         timing.kill()
-        print(timing.communicate()[0], f"FAIL times: no end after 120 s, {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            timing.communicate()[0], f"FAIL times: no end after 120 s, {time.perf_counter() - start:.0f} s", flush=True
+        )
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
     return None
 

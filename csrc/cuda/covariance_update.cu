@@ -1,17 +1,17 @@
 // One triangle of C += alpha x^T x on Hopper, for x (n, d) bfloat16 or float16.
 //
-// Clusters take squares of 256 x 256 of the triangle. Both factors are x itself, its own dimension contiguous. A square
-// beside the diagonal is added to C by the copy engine, which needs no register while the next square is multiplied; on
-// the diagonal every element is masked, so the other triangle is neither read nor written. Squares of the last, partial
-// wave are cut along the rows of x; a second kernel adds their parts in order. Every element of C is added to once, so
-// the bits repeat.
+// Clusters take squares of 256 x 256 of the triangle, or as much on the diagonal (Piece). Both factors are x itself, its
+// own dimension contiguous. A square is added to C by the copy engine, which needs no register while the next square is
+// multiplied; on the diagonal every element is masked, so the other triangle is neither read nor written. Pieces of the
+// last, partial wave are cut along the rows of x; a second kernel adds their parts in order. Every element of C is added
+// to once, so the bits repeat.
 #include "host.h"
 #include "mainloop.cuh"
 
 namespace kore {
 namespace {
 
-constexpr int SQUARE = TILE_ROWS;
+constexpr int CELL = ROWS, SQUARE = 2 * CELL;
 constexpr int GROUP = 4;  // rows of squares in a band
 
 template <class T>
@@ -28,25 +28,51 @@ struct Update {
     bool bulk;  // whether the copy engine can address C
     float4* parts;
 
-    __device__ Tile square(int index) const {
-        const Tile lower = tile_of_triangle(index, squares, GROUP);
-        return upper ? Tile{lower.column, lower.row} : lower;
+    __device__ Piece piece(int item, int rank) const {
+        return piece_of_triangle(schedule.tile(item), rank, squares, upper, GROUP);
     }
 
     __device__ float scale() const { return alpha_factor ? alpha * *alpha_factor : alpha; }
 
-    __device__ bool inside(int64_t i, int64_t j) const { return i < d && j < d && (upper ? i <= j : i >= j); }
+    // Row i of C from column j on, as far as it lies in the triangle: where columns j + first ... j + last are.
+    struct Row {
+        float* at;
+        int first, last;
+        bool pairs;  // whether two even columns are one aligned word
 
-    // C[i][j], C[i][j + 1] += a, b.
-    __device__ void add(int64_t i, int64_t j, float a, float b) const {
-        float* at = C + i * d + j;
-        const bool first = inside(i, j), second = inside(i, j + 1);
-        if (first && second && reinterpret_cast<uintptr_t>(at) % 8 == 0) {
-            add_global(at, a, b);
-        } else {
-            if (first) add_global(at, a);
-            if (second) add_global(at + 1, b);
+        __device__ void add(int column, float a, float b) const {
+            const bool left = first <= column && column <= last, right = first <= column + 1 && column < last;
+            if (left && right && pairs) {
+                add_global(at + column, a, b);
+            } else {
+                if (left) add_global(at + column, a);
+                if (right) add_global(at + column + 1, b);
+            }
         }
+    };
+
+    __device__ Row row(int i, int j) const {
+        const int end = int(d) - 1;
+        float* at = C + i * d + j;
+        return {at, upper ? i - j : -j, (i > end ? -1 : upper ? end : i) - j, reinterpret_cast<uintptr_t>(at) % 8 == 0};
+    }
+
+    // Adds this thread's sums of 64 x 2 COUNT elements that begin at (i, j).
+    template <int COUNT>
+    __device__ void add(int i, int j, const float (&sum)[COUNT], float scale) const {
+        const Row above = row(i + sum_row(), j + sum_column()), below = row(i + sum_row() + 8, j + sum_column());
+#pragma unroll
+        for (int k = 0; k < COUNT / 4; ++k) {
+            above.add(8 * k, scale * sum[4 * k], scale * sum[4 * k + 1]);
+            below.add(8 * k, scale * sum[4 * k + 2], scale * sum[4 * k + 3]);
+        }
+    }
+
+    // Leaves them in the workspace; `first` of COUNT / 4 groups of columns.
+    template <int COUNT>
+    __device__ void keep(int part, int rank, int group, int first, const float (&sum)[COUNT]) const {
+#pragma unroll
+        for (int k = 0; k < COUNT / 4; ++k) write_part<SQUARE>(parts, sum + 4 * k, part, rank, group, first + k);
     }
 };
 
@@ -62,50 +88,65 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) covarian
         give_registers<COPY_REGISTERS>();
         if (threadIdx.x == MULTIPLIERS * WARPGROUP) {
             for (int item = cluster; item < schedule.items(); item += clusters) {
-                const Tile square = update.square(schedule.tile(item));
-                const int row = square.row * SQUARE + pipeline.rank * ROWS;
-                pipeline.copy(x, x, row, square.column * SQUARE, schedule.first_block(item), schedule.count(item));
+                const Piece piece = update.piece(item, pipeline.rank);
+                const int row = piece.row * CELL, column = piece.column * CELL;
+                const int first = schedule.first_block(item), count = schedule.count(item);
+                if (piece.kind == Piece::SQUARE)
+                    pipeline.copy(x, x, row, column, first, count);
+                else if (piece.kind == Piece::STRIP)
+                    pipeline.copy_alone(x, x, row, column, column + CELL, first, count);
+                else
+                    pipeline.copy_alone(x, x, -1, column, piece.other * CELL, first, count);
             }
         }
     } else {
         take_registers<MULTIPLY_REGISTERS>();
-        float sum[SQUARE / 2];
         const float scale = update.scale();
         const bool first = threadIdx.x % WARPGROUP == 0;
         for (int item = cluster; item < schedule.items(); item += clusters) {
-            const Tile square = update.square(schedule.tile(item));
-            pipeline.multiply(sum, group, schedule.count(item), false);
-            if (schedule.is_part(item)) {
-                write_part<SQUARE>(update.parts, sum, item - schedule.whole, pipeline.rank, group);
+            const Piece piece = update.piece(item, pipeline.rank);
+            const int part = item - schedule.whole;
+            if (piece.kind == Piece::CORNERS) {
+                float upper[SQUARE / 4], lower[SQUARE / 4];
+                pipeline.multiply_halves(upper, lower, group, schedule.count(item));
+                if (part < 0) {
+                    const int corner = (group ? piece.other : piece.column) * CELL;
+                    update.add(corner, corner, upper, scale);
+                    update.add(corner + 64, corner, lower, scale);
+                } else {
+                    update.keep(part, pipeline.rank, group, 0, upper);
+                    update.keep(part, pipeline.rank, group, CELL / 8, lower);
+                }
                 continue;
             }
-            const int row = square.row * SQUARE + pipeline.rank * ROWS + group * 64, column = square.column * SQUARE;
-            if (update.bulk && square.row != square.column) {
-                const int r = sum_row(), c = sum_column();
+            float sum[SQUARE / 2];
+            pipeline.multiply(sum, group, schedule.count(item), false);
+            const int row = piece.row * CELL + group * 64, column = piece.column * CELL;
+            if (part >= 0) {
+                update.keep(part, pipeline.rank, group, 0, sum);
+                continue;
+            }
+            if (!update.bulk || piece.kind != Piece::SQUARE) {
+                update.add(row, column, sum, scale);
+                continue;
+            }
+            const int r = sum_row(), c = sum_column();
 #pragma unroll
-                for (int slice = 0; slice < SQUARE / 32; ++slice) {
-                    const uint32_t buffer = pipeline.staging(group, slice % STAGING);
-                    staging_acquire(group, first);
+            for (int slice = 0; slice < SQUARE / 32; ++slice) {
+                const uint32_t buffer = pipeline.staging(group, slice % STAGING);
+                staging_acquire(group, first);
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const float* s = sum + slice * 16 + j * 4;
-                        const uint32_t piece = (j * 2 + c / 4) ^ (r % 8);
-                        const uint32_t to = buffer + r * 128 + piece * 16 + c % 4 * 4;
-                        store_shared(to, scale * s[0], scale * s[1]);
-                        store_shared(to + 8 * 128, scale * s[2], scale * s[3]);
-                    }
-                    staging_filled(group);
-                    if (first) {
-                        add_out(C, buffer, column + slice * 32, row);
-                        copies_commit();
-                    }
+                for (int j = 0; j < 4; ++j) {
+                    const float* s = sum + slice * 16 + j * 4;
+                    const uint32_t place = (j * 2 + c / 4) ^ (r % 8);
+                    const uint32_t to = buffer + r * 128 + place * 16 + c % 4 * 4;
+                    store_shared(to, scale * s[0], scale * s[1]);
+                    store_shared(to + 8 * 128, scale * s[2], scale * s[3]);
                 }
-            } else {
-                const int64_t i = row + sum_row(), j = column + sum_column();
-#pragma unroll
-                for (int k = 0; k < SQUARE / 8; ++k) {
-                    update.add(i, j + k * 8, scale * sum[4 * k], scale * sum[4 * k + 1]);
-                    update.add(i + 8, j + k * 8, scale * sum[4 * k + 2], scale * sum[4 * k + 3]);
+                staging_filled(group);
+                if (first) {
+                    add_out(C, buffer, column + slice * 32, row);
+                    copies_commit();
                 }
             }
         }
@@ -120,22 +161,25 @@ constexpr int SLICE = 4;  // of the SQUARE / 8 groups of columns, for one block 
 __global__ void __launch_bounds__(MULTIPLIERS * WARPGROUP) add_parts_kernel(const Update update) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const int tile = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, group = threadIdx.x / WARPGROUP;
-    const Tile square = update.square(update.schedule.whole + tile);
-    const int64_t i = square.row * SQUARE + rank * ROWS + group * 64 + sum_row();
+    const Schedule& schedule = update.schedule;
+    const Piece piece = update.piece(schedule.whole + tile * schedule.parts, rank);
     const float scale = update.scale();
 #pragma unroll
     for (int k = 0; k < SLICE; ++k) {
-        const int column_group = blockIdx.y * SLICE + k;
-        const int64_t j = square.column * SQUARE + column_group * 8 + sum_column();
-        const float4 sum = add_parts<SQUARE>(update.parts, tile, update.schedule.parts, rank, group, column_group);
-        update.add(i, j, scale * sum.x, scale * sum.y);
-        update.add(i + 8, j, scale * sum.z, scale * sum.w);
+        const int columns = blockIdx.y * SLICE + k;
+        const float4 part = add_parts<SQUARE>(update.parts, tile, schedule.parts, rank, group, columns);
+        const float sum[4] = {part.x, part.y, part.z, part.w};
+        if (piece.kind == Piece::CORNERS) {
+            const int corner = (group ? piece.other : piece.column) * CELL;
+            update.add(corner + columns / (CELL / 8) * 64, corner + columns % (CELL / 8) * 8, sum, scale);
+        } else {
+            update.add(piece.row * CELL + group * 64, piece.column * CELL + columns * 8, sum, scale);
+        }
     }
 }
 
 Schedule plan(int64_t n, int64_t d, int clusters) {
-    const int squares = ceil_div(d, SQUARE);
-    return cut_last_wave(squares * (squares + 1) / 2, ceil_div(n, BLOCK), clusters);
+    return cut_last_wave(pieces_of_triangle(ceil_div(d, SQUARE)), ceil_div(n, BLOCK), clusters);
 }
 
 int64_t part_bytes(const Schedule& schedule) {

@@ -36,6 +36,9 @@ template <class T, Contiguous LEFT, Contiguous RIGHT, int N>
 class Mainloop {
     static constexpr int LEFT_BYTES = ROWS * BLOCK * sizeof(T), RIGHT_BYTES = N * BLOCK * sizeof(T);
     static constexpr int STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES;
+    static constexpr int SHARE = N / CLUSTER, SHARE_BYTES = RIGHT_BYTES / CLUSTER;
+    static constexpr int LEFT_STEP = LEFT == Contiguous::SUMMED ? 32 : 16 * 128;  // bytes to the next 16 steps
+    static constexpr int RIGHT_STEP = RIGHT == Contiguous::SUMMED ? 32 : 16 * 128;
     static constexpr int STAGES = N == 256 ? 4 : 6;
     static constexpr int BARRIERS = STAGES * STAGE_BYTES + MULTIPLIERS * STAGING * STAGING_BYTES;
 
@@ -63,47 +66,39 @@ public:
 
     // For one thread of the copying warpgroup: blocks of the factors' tiles that begin at this row and column.
     __device__ void copy(const CUtensorMap& left, const CUtensorMap& right, int row, int column, int block, int blocks) {
-        constexpr uint16_t EVERYONE = (1 << CLUSTER) - 1;
-        constexpr int SHARE = N / CLUSTER;
-        const int first = column + rank * SHARE;
         for (int end = block + blocks; block < end; ++block, advance()) {
-            const int step = block * BLOCK;
-            const uint32_t to_left = base + stage * STAGE_BYTES;
-            const uint32_t to_right = to_left + LEFT_BYTES + rank * (RIGHT_BYTES / CLUSTER);
-            barrier_wait(empty(stage), phase ^ 1);
-            barrier_expect(full(stage), STAGE_BYTES);
-            if constexpr (LEFT == Contiguous::SUMMED) {
-                copy_in(left, to_left, full(stage), step, row);
-            } else {
-#pragma unroll
-                for (int i = 0; i < ROWS / 64; ++i)
-                    copy_in(left, to_left + i * CHUNK_BYTES, full(stage), row + i * 64, step);
-            }
-            if constexpr (RIGHT == Contiguous::SUMMED) {
-                copy_in(right, to_right, full(stage), step, first, EVERYONE);
-            } else {
-#pragma unroll
-                for (int i = 0; i < SHARE / 64; ++i)
-                    copy_in(right, to_right + i * CHUNK_BYTES, full(stage), first + i * 64, step, EVERYONE);
-            }
+            const uint32_t to = prepare(STAGE_BYTES);
+            copy_rows(left, to, row, block * BLOCK);
+            const uint32_t share = to + LEFT_BYTES + rank * SHARE_BYTES;
+            copy_share<true>(right, share, column + rank * SHARE, block * BLOCK);
+        }
+    }
+
+    // The same for blocks of the cluster that have nothing in common: each copies the whole of its right factor, whose
+    // halves begin at two columns. A negative row: there is no left factor.
+    __device__ void copy_alone(
+        const CUtensorMap& left, const CUtensorMap& right, int row, int column, int other, int block, int blocks
+    ) {
+        for (int end = block + blocks; block < end; ++block, advance()) {
+            const uint32_t to = prepare(row < 0 ? RIGHT_BYTES : STAGE_BYTES);
+            if (row >= 0) copy_rows(left, to, row, block * BLOCK);
+            copy_share<false>(right, to + LEFT_BYTES, column, block * BLOCK);
+            copy_share<false>(right, to + LEFT_BYTES + SHARE_BYTES, other, block * BLOCK);
         }
     }
 
     // For multiplying warpgroup `group`: sum = or += the product of the next blocks, at least one.
     __device__ void multiply(float (&sum)[N / 2], int group, int blocks, bool add) {
-        issue(sum, group, add);
-        for (int block = 1; block < blocks; ++block) {
-            const int last = stage;
-            advance();
-            issue(sum, group, true);
-            wgmma_wait<1>();
-            release(last);
-        }
-        wgmma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
-        release(stage);
-        advance();
+        pipelined(blocks, add, [&](bool add) { issue(sum, group, add); });
+        complete(sum);
+    }
+
+    // The product of each half of the right factor with itself: warpgroup `group` takes its half, 64 rows of the product
+    // in `upper` and 64 in `lower`.
+    __device__ void multiply_halves(float (&upper)[N / 4], float (&lower)[N / 4], int group, int blocks) {
+        pipelined(blocks, false, [&](bool add) { issue_halves(upper, lower, group, add); });
+        complete(upper);
+        complete(lower);
     }
 
     // Buffer `index` of a multiplying warpgroup for its results: 64 rows of 128 bytes.
@@ -124,10 +119,63 @@ private:
         }
     }
 
+    // Where the next stage lies, once it is empty; so many bytes will be copied there.
+    __device__ uint32_t prepare(int bytes) const {
+        barrier_wait(empty(stage), phase ^ 1);
+        barrier_expect(full(stage), bytes);
+        return base + stage * STAGE_BYTES;
+    }
+
+    __device__ void copy_rows(const CUtensorMap& left, uint32_t to, int row, int step) const {
+        if constexpr (LEFT == Contiguous::SUMMED) {
+            copy_in(left, to, full(stage), step, row);
+        } else {
+#pragma unroll
+            for (int i = 0; i < ROWS / 64; ++i) copy_in(left, to + i * CHUNK_BYTES, full(stage), row + i * 64, step);
+        }
+    }
+
+    // A half of the columns of the right factor, to this block or to all of the cluster.
+    template <bool TO_ALL>
+    __device__ void copy_share(const CUtensorMap& right, uint32_t to, int column, int step) const {
+        constexpr uint16_t ALL = (1 << CLUSTER) - 1;
+        constexpr int BOXES = RIGHT == Contiguous::SUMMED ? 1 : SHARE / 64;
+#pragma unroll
+        for (int i = 0; i < BOXES; ++i) {
+            const int x = RIGHT == Contiguous::SUMMED ? step : column + i * 64;
+            const int y = RIGHT == Contiguous::SUMMED ? column : step;
+            if constexpr (TO_ALL)
+                copy_in(right, to + i * CHUNK_BYTES, full(stage), x, y, ALL);
+            else
+                copy_in(right, to + i * CHUNK_BYTES, full(stage), x, y);
+        }
+    }
+
+    // While the tensor cores work on a stage, the next one is started; only then is the older one given back.
+    template <class Issue>
+    __device__ void pipelined(int blocks, bool add, Issue issue) {
+        issue(add);
+        for (int block = 1; block < blocks; ++block) {
+            const int last = stage;
+            advance();
+            issue(true);
+            wgmma_wait<1>();
+            release(last);
+        }
+        wgmma_wait<0>();
+        release(stage);
+        advance();
+    }
+
+    // Sums must not be read before the wait for them, which does not mention them.
+    template <int COUNT>
+    static __device__ void complete(float (&sum)[COUNT]) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+    }
+
     // Starts the product of a stage that has arrived.
     __device__ void issue(float (&sum)[N / 2], int group, bool add) const {
-        constexpr int LEFT_STEP = LEFT == Contiguous::SUMMED ? 32 : 16 * 128;  // bytes to the next 16 steps
-        constexpr int RIGHT_STEP = RIGHT == Contiguous::SUMMED ? 32 : 16 * 128;
         const uint32_t at_left = base + stage * STAGE_BYTES;
         const uint64_t left = descriptor(at_left + group * CHUNK_BYTES), right = descriptor(at_left + LEFT_BYTES);
         barrier_wait(full(stage), phase);
@@ -137,6 +185,21 @@ private:
             wgmma<T, int(LEFT), int(RIGHT)>(
                 sum, left + (i * LEFT_STEP >> 4), right + (i * RIGHT_STEP >> 4), add || i > 0
             );
+        wgmma_commit();
+    }
+
+    __device__ void issue_halves(float (&upper)[N / 4], float (&lower)[N / 4], int group, bool add) const {
+        static_assert(LEFT == RIGHT && N / CLUSTER == ROWS, "the right factor serves as the left one");
+        const uint32_t at = base + stage * STAGE_BYTES + LEFT_BYTES + group * SHARE_BYTES;
+        const uint64_t right = descriptor(at), below = descriptor(at + CHUNK_BYTES);
+        barrier_wait(full(stage), phase);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < BLOCK / 16; ++i) {
+            const int step = i * RIGHT_STEP >> 4;
+            wgmma<T, int(LEFT), int(RIGHT)>(upper, right + step, right + step, add || i > 0);
+            wgmma<T, int(LEFT), int(RIGHT)>(lower, below + step, right + step, add || i > 0);
+        }
         wgmma_commit();
     }
 
@@ -158,7 +221,8 @@ private:
     uint32_t phase = 0;
 };
 
-// Where the sums of a thread lie in its warpgroup's 64 x N tile: sum[4 j + 2 h + e] at row() + 8 h, column() + 8 j + e.
+// Where the sums of a thread lie in its warpgroup's 64 x N tile: sum[4 j + 2 h + e] at sum_row() + 8 h,
+// sum_column() + 8 j + e.
 __device__ __forceinline__ int sum_row() { return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4; }
 __device__ __forceinline__ int sum_column() { return threadIdx.x % 4 * 2; }
 
@@ -184,13 +248,8 @@ __device__ __forceinline__ int64_t part_offset(int part, uint32_t rank, int grou
 }
 
 template <int N>
-__device__ __forceinline__ void write_part(
-    float4* parts, const float (&sum)[N / 2], int part, uint32_t rank, int group
-) {
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j)
-        parts[part_offset<N>(part, rank, group, j)] =
-            make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+__device__ __forceinline__ void write_part(float4* parts, const float* sum, int part, uint32_t rank, int group, int j) {
+    parts[part_offset<N>(part, rank, group, j)] = make_float4(sum[0], sum[1], sum[2], sum[3]);
 }
 
 template <int N>

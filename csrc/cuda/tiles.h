@@ -39,6 +39,36 @@ KORE_HOST_DEVICE Tile tile_of_triangle(int index, int tiles, int group) {
     return {folded.row - odd, folded.column - bottom};
 }
 
+// What one block of a cluster of two computes of a triangle of squares, which are 2 x 2 cells of 128 x 128.
+//
+// Below the diagonal, a cluster takes a square, a block one row of it (SQUARE). A square on the diagonal has three cells
+// in the triangle: a row of two (STRIP) and one in a corner. To lose nothing, a cluster takes the strips of two squares,
+// or the corners of four (CORNERS, two a block, at `column` and `other` on the diagonal). Every cluster then multiplies
+// four cells. Those of the diagonal, which are slow to write, come first. Squares beyond the last one have no effect.
+struct Piece {
+    enum Kind { SQUARE, STRIP, CORNERS } kind;
+    int row, column, other;  // in cells
+};
+
+KORE_HOST_DEVICE int pieces_of_triangle(int squares) {
+    return squares * (squares - 1) / 2 + ceil_div(squares, 2) + ceil_div(squares, 4);
+}
+
+KORE_HOST_DEVICE Piece piece_of_triangle(int index, int rank, int squares, bool upper, int group) {
+    const int strips = ceil_div(squares, 2), corners = ceil_div(squares, 4);
+    if (index < strips) {
+        const int square = 2 * index + rank;
+        return {Piece::STRIP, 2 * square + !upper, 2 * square, 0};
+    }
+    if (index < strips + corners) {
+        const int square = 4 * (index - strips) + 2 * rank;
+        return {Piece::CORNERS, 0, 2 * square + upper, 2 * square + 2 + upper};
+    }
+    const Tile tile = tile_of_triangle(index - strips - corners, squares - 1, group);
+    const int row = upper ? tile.column : tile.row + 1, column = upper ? tile.row + 1 : tile.column;
+    return {Piece::SQUARE, 2 * row + rank, 2 * column, 0};
+}
+
 // Tiles rarely divide evenly among the clusters. The first `whole` tiles are summed at once; the sum of each of the
 // others is cut into `parts` of `part_blocks` blocks (the last part may have fewer), whose results are added later.
 struct Schedule {

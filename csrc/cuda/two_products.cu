@@ -98,7 +98,9 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) two_prod
             const int row = tile.row * TILE_ROWS + pipeline.rank * ROWS + group * 64, column = tile.column * N;
             if (schedule.is_part(item)) {
                 pipeline.multiply(sum, group, schedule.count(item), false);
-                write_part<N>(work.parts, sum, item - schedule.whole, pipeline.rank, group);
+#pragma unroll
+                for (int j = 0; j < N / 8; ++j)
+                    write_part<N>(work.parts, sum + 4 * j, item - schedule.whole, pipeline.rank, group, j);
                 continue;
             }
             uint32_t bias[N / 8] = {};  // loaded before it is needed

@@ -27,6 +27,19 @@ extern "C" void rectangle(int rows, int columns, int group, int* out) {
         out[2 * i + 1] = tile.column;
     }
 }
+extern "C" int pieces(int squares, int upper, int* out) {
+    int count = 0;
+    for (int i = 0; i < pieces_of_triangle(squares); ++i)
+        for (int rank = 0; rank < 2; ++rank) {
+            const Piece piece = piece_of_triangle(i, rank, squares, upper, 4);
+            const bool corners = piece.kind == Piece::CORNERS;
+            for (int cell = 0; cell < 2; ++cell) {
+                out[count++] = corners ? cell ? piece.other : piece.column : piece.row;
+                out[count++] = corners ? cell ? piece.other : piece.column : piece.column + cell;
+            }
+        }
+    return count / 2;
+}
 extern "C" int items(int tiles, int blocks, int clusters, int* out) {
     const Schedule schedule = cut_last_wave(tiles, blocks, clusters);
     for (int i = 0; i < schedule.items(); ++i) {
@@ -47,11 +60,8 @@ def tiles(tmp_path_factory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("tiles")
     (folder / "tiles.cpp").write_text(SOURCE % HEADER)
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        + [str(folder / "tiles.cpp"), "-o", str(folder / "tiles.so")],
-        check=True,
-    )
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, folder / "tiles.cpp", "-o", folder / "tiles.so"], check=True)
     return ctypes.CDLL(str(folder / "tiles.so"))
 
 
@@ -66,6 +76,17 @@ def pairs(function, count: int, *arguments: int) -> list[tuple[int, int]]:
 def test_a_triangle_is_covered_once(tiles, size, group):
     found = pairs(tiles.triangle, size * (size + 1) // 2, size, group)
     assert sorted(found) == [(i, j) for i in range(size) for j in range(i + 1)]
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("squares", [1, 2, 3, 4, 5, 16, 43])
+def test_pieces_cover_the_cells_of_a_triangle_once(tiles, squares, upper):
+    out = (ctypes.c_int * (8 * squares * (squares + 7)))()
+    count = tiles.pieces(squares, int(upper), out)
+    cells = [(out[2 * i], out[2 * i + 1]) for i in range(count)]
+    inside = [(i, j) for i, j in cells if max(i, j) < 2 * squares]
+    triangle = [(i, j) for i in range(2 * squares) for j in range(i + 1)]
+    assert sorted((j, i) if upper else (i, j) for i, j in inside) == triangle
 
 
 @pytest.mark.parametrize(("rows", "columns", "group"), [(1, 1, 8), (5, 3, 2), (32, 16, 8), (33, 43, 8)])
