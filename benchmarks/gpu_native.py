@@ -24,17 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "native"
 BUILDS = {"debug": ["-DKORE_DEBUG_HANG"], "release": [], "registers": ["-DKORE_ADD_FROM_REGISTERS"]}
-NVCC = [
-    "nvcc",
-    "-gencode=arch=compute_90a,code=sm_90a",
-    "-O3",
-    "-std=c++17",
-    "-shared",
-    "-Xcompiler",
-    "-fPIC",
-    "-cudart",
-    "static",
-]
+NVCC = "nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -shared -Xcompiler -fPIC -cudart static"
 FAMILIES = ("forward", "input_gradient", "narrow", "covariance", "covariance_large")
 SECONDS = 60  # for one family
 ROUNDS = 11
@@ -43,13 +33,13 @@ ROUNDS = 11
 def build() -> None:
     """Compiles what was not compiled from exactly these sources."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    sources = sorted(SOURCES.iterdir()) + [ROOT / "csrc" / "kore.h"]
+    sources = [*sorted(SOURCES.iterdir()), ROOT / "csrc" / "kore.h"]
     content = b"".join(path.read_bytes() for path in sources)
     units = [str(path) for path in sources if path.suffix == ".cu"]
     running = []
     for name, defines in BUILDS.items():
         library, stamp = BUILD / f"{name}.so", BUILD / f"{name}.sha256"
-        command = [*NVCC, *defines]
+        command = [*NVCC.split(), *defines]
         digest = hashlib.sha256(" ".join(command).encode() + content).hexdigest()
         if not library.exists() or not stamp.exists() or stamp.read_text() != digest:
             stamp.unlink(missing_ok=True)
