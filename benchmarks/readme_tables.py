@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.readme_gpu import gpu_table
 from kore.bench import init as bench_init
 from kore.bench import init_cases
 from kore.bench.lora_peers import FROZEN, OURS
@@ -104,13 +105,17 @@ def kernels() -> str:
     for name, share in stored["capture"]["overhead_of_official"].items():
         faster = f"{1 / share['of_medians']:.2f} × (best times: {1 / share['of_best']:.2f} ×)"
         lines.append(f"| {name}: time added to a forward pass of a small LLaVA | official hooks | {faster} |")
-    gpu = "" if (HERE / "results" / "gpu.json").exists() else " No GPU result exists yet."
     rounds, threads = updates["cases"][0]["rounds"], updates["machine"]["threads"]
     return "\n".join(lines) + (
         f"\n\nThe time of the other over ours: median (smallest–largest) of {rounds} rounds in turn, caches cold, "
         f"{threads} threads, {_where(updates['environment'])}. `addmm_` gets float32 x in every row, converted before "
-        f"the clock starts; the LLaVA has 4 layers, d = 1024, f = 2752.{gpu} {_memory(stored['memory'])}"
+        f"the clock starts; the LLaVA has 4 layers, d = 1024, f = 2752. {_memory(stored['memory'])}"
     )
+
+
+def gpu() -> str:
+    """What `python -m benchmarks.gpu_suite` found."""
+    return gpu_table(_load("gpu.json"))
 
 
 def lora() -> str:
@@ -202,6 +207,7 @@ TABLES = {
     "kernels": kernels,
     "lora": lora,
     "init": init,
+    "gpu": gpu,
     "protection": protection,
     "augmentation": augmentation,
 }

@@ -19,10 +19,11 @@ import torch
 BACKENDS = ("native", "triton", "reference")
 
 # Compute capabilities on which an operation's Triton kernels passed the GPU suite on real hardware. There `auto` uses
-# them; anywhere else it stays with plain PyTorch, and KORE_BACKEND=triton opts in.
+# them; anywhere else it stays with plain PyTorch, and KORE_BACKEND=triton opts in. Those of the LoRA linears passed on
+# (9, 0) in an earlier form.
 PROVEN_ON_GPU: dict[str, tuple[tuple[int, int], ...]] = {
-    "covariance_update": (),
-    "symmetrize": (),
+    "covariance_update": ((9, 0),),
+    "symmetrize": ((9, 0),),
     "lora_fa_linear": (),
     "lora_fa_linears": (),
 }
@@ -44,18 +45,20 @@ class BackendInfo:
         return f"{self.name}: {state}; {self.detail}"
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def select(op: str, device: torch.device, dtype: torch.dtype, library: bool = False) -> ModuleType:
     """The backend module of operation ``op`` (its folder's name) for tensors on ``device`` that compute in ``dtype``.
+
+    ``library`` says that the Triton backend would only call PyTorch's own products here, which need no proof.
 
     Raises RuntimeError when ``KORE_BACKEND`` names a backend that cannot run this call, ValueError when it names none.
     """
-    return _select(os.environ.get("KORE_BACKEND") or "auto", op, device, dtype)
+    return _select(os.environ.get("KORE_BACKEND") or "auto", op, device, dtype, library)
 
 
 @cache
-def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype, library: bool) -> ModuleType:
     if setting == "auto":
-        name, reason = _preference(op, device, dtype)
+        name, reason = _preference(op, device, dtype, library)
         log.info("%s on %s (%s): %s backend, %s", op, device, dtype, name, reason)
     elif setting in BACKENDS:
         name, refusal = setting, _refusal(setting, device, dtype)
@@ -66,12 +69,14 @@ def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype) -> 
     return importlib.import_module(f"kore_kernels.{op}.{name}")
 
 
-def _preference(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _preference(op: str, device: torch.device, dtype: torch.dtype, library: bool = False) -> tuple[str, str]:
     if device.type == "cpu":
         return "native", "the CPU path"
     refusal = _refusal("triton", device, dtype)
     if refusal:
         return "reference", f"Triton: {refusal}"
+    if library:
+        return "triton", "which only calls cuBLAS for these operands"
     capability = torch.cuda.get_device_capability(device)
     if capability in PROVEN_ON_GPU[op]:
         return "triton", "its kernels passed the GPU suite on this architecture"

@@ -64,12 +64,9 @@ def dot_dtype(*tensors: Tensor) -> Any:
 
 
 def library_multiplies(*operands: Tensor) -> bool:
-    """Whether cuBLAS should multiply these: two-byte operands of one dtype, at which its main loop is far ahead.
-
-    The interpreter runs the kernels, which are what it is for.
-    """
+    """Whether cuBLAS should multiply these: two-byte operands of one dtype, at which its main loop is far ahead."""
     dtype = operands[0].dtype
-    return dtype.itemsize == 2 and all(each.dtype == dtype for each in operands) and not dispatch.interpreting()
+    return dtype.itemsize == 2 and all(each.dtype == dtype for each in operands)
 
 
 def has_tma(tensor: Tensor) -> bool:

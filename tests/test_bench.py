@@ -324,7 +324,7 @@ def test_the_gpu_suite_is_run_in_portions(tmp_path, monkeypatch):
     assert gpu_suite.run(second, ["two", "times"], "abc", add=True) == 0 and ran == ["one", "two"]
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert {"one", "two", "times"} <= set(result) and set(result["seconds"]) == {"one", "two", "times"}
-    with pytest.raises(SystemExit, match="its environment is .*abc.* give another --output"):
+    with pytest.raises(SystemExit, match=r"its environment is .*abc.* give another --output"):
         gpu_suite.run(make_suite(tmp_path), ["two"], "another", add=True)
     (tmp_path / "gpu.json").write_text(json.dumps({**result, "wrong": ["one: off by one"]}))
     assert gpu_suite.run(make_suite(tmp_path), ["times"], "abc", add=True) == 1

@@ -16,7 +16,7 @@ rows are added to C after every ``MOST_ROWS``. TF32 in two pieces costs the
 tensor cores as much, keeps 22 bits, and cannot read a tile that lies along the wrong axis in shared memory, as x does.
 
 *Loads* go through the tensor memory accelerator where there is one. It cannot leave out the rows that a mask excludes,
-which may hold NaN: two-byte rows are copied with zeros in their place, others are fetched by asynchronous copies through
+which may hold NaN: two-byte x is copied with zeros in their place, any other is fetched by asynchronous copies through
 pointers. An x that neither can read in 16-byte pieces is copied too.
 """
 

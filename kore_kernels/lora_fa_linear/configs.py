@@ -16,28 +16,26 @@ class TritonConfig:
     num_stages: int
 
 
-# Two-byte products as wide as the layer: y and dx.
-HALF: dict[int | str, TritonConfig] = {
+# The low-rank product added to a two-byte y or dx; the mask of a tile needs as many registers as its sums.
+ADDED: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(64, 64, 64, 4, 1),
     80: TritonConfig(128, 128, 32, 8, 3),
-    90: TritonConfig(128, 256, 64, 8, 3),
+    90: TritonConfig(128, 128, 64, 8, 4),
     100: TritonConfig(128, 128, 64, 8, 4),
 }
-# The same for dx with dropout: the mask of a tile needs as many registers as its sums.
-HALF_DROPPED: dict[int | str, TritonConfig] = {**HALF, 90: TritonConfig(128, 128, 64, 8, 4)}
+# h of a two-byte x under dropout, only as wide as the rank.
+DROPPED: dict[int | str, TritonConfig] = {
+    "interpreter": TritonConfig(64, 64, 64, 4, 1),
+    80: TritonConfig(128, 64, 32, 8, 3),
+    90: TritonConfig(128, 128, 64, 8, 3),
+    100: TritonConfig(128, 128, 64, 8, 3),
+}
 # Products of float32 tiles: three TF32 products for one of float32 grade.
 SINGLE: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(64, 64, 64, 4, 1),
     80: TritonConfig(64, 64, 16, 4, 3),
     90: TritonConfig(64, 64, 32, 4, 3),
     100: TritonConfig(64, 64, 32, 8, 3),
-}
-# Two-byte products whose result is only as wide as the rank: h, gB and dB.
-NARROW_HALF: dict[int | str, TritonConfig] = {
-    "interpreter": TritonConfig(64, 64, 64, 4, 1),
-    80: TritonConfig(128, 64, 32, 8, 3),
-    90: TritonConfig(128, 128, 64, 8, 3),
-    100: TritonConfig(128, 128, 64, 8, 3),
 }
 
 # Programs that are neighbours in time share this many rows of tiles, and so the second factor in the L2 cache.

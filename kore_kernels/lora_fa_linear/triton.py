@@ -1,14 +1,21 @@
-"""lora_fa_linear on NVIDIA GPUs, from two kernels.
+"""lora_fa_linear on NVIDIA GPUs.
 
-``_two_products`` computes out = L R + bias + s P Q in one pass over the output: the forward product
-(x Wᵀ + b + s h Bᵀ), the input gradient (g W + s gB A) and, without P and Q, h = x Aᵀ and the merged weight s B A + W.
-The low-rank product comes first, so that one accumulator serves both. Under dropout the tiles of x, or the sums of
-gB A before g W is added to them, lose what the mask drops; the mask of a tile is computed where it is needed.
+*Two-byte layers* are multiplied by cuBLAS, whose loop is far ahead of Triton's (on an H100, 790 TFLOP/s against about
+530), and the low-rank product is added to the result in place: by cuBLAS too if the factors have x's dtype, else, and
+under dropout, by ``_two_products`` without its first product.
 
-``_gradients`` computes gB = g B and dB = gᵀ h. Both in one register-resident pass over g would need float32 partial
-results larger than g itself (one of the two is always summed across programs), so the rows of g are taken in chunks
-that fit the L2 cache: the programs of a chunk first form its rows of gB, then its share of dB, and g crosses the memory
-bus once. The shares of dB are added in a fixed order; nothing is atomic, and every run gives the same bits.
+*float32 layers* go through ``_two_products``, which computes out = L R + bias + s P Q in one pass over the output: the
+forward product (x Wᵀ + b + s h Bᵀ), the input gradient (g W + s gB A) and, without P and Q, h = x Aᵀ and the merged
+weight s B A + W. Three TF32 products make one of float32 grade. The low-rank product comes first, so that one
+accumulator serves both.
+
+*Dropout*: the tiles of x, or the sums of gB A before anything is added to them, lose what the mask drops; the mask of a
+tile is computed where it is needed.
+
+``_gradients`` computes gB = g B and dB = gᵀ h for float32 factors. Both in one register-resident pass over g would need
+partial results larger than g itself (one of the two is always summed across programs), so the rows of g are taken in
+chunks that fit the L2 cache: the programs of a chunk first form its rows of gB, then its share of dB, and g crosses the
+memory bus once. The shares of dB are added in a fixed order; nothing is atomic, and every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from torch import Tensor
 
 from kore_kernels import dispatch, gpu
 from kore_kernels.lora_fa_linear import configs, dropout, native
-from kore_kernels.padding import pad_columns, padded
+from kore_kernels.padding import pad_columns, pad_rows, padded
 
 
 def forward(
@@ -36,15 +43,8 @@ def forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    library = gpu.library_multiplies(x, weight, A, B)
-    if library and seed is None:
-        return native.forward(x, weight, bias, A, B, scaling)
     h = project(x, A.T, A.shape[0], dropout_p, seed)
-    if library:
-        y = F.linear(x, weight, bias)
-        native.add_product_(y, h, pad_columns(B).T, scaling)
-        return y, h
-    return two_products(x, weight.T, bias, h, pad_columns(B).T, scaling), h
+    return output(x, weight, bias, h, B, scaling), h
 
 
 def backward(
@@ -57,11 +57,13 @@ def backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    if seed is None and gpu.library_multiplies(g, B, g if weight is None else weight):
-        return native.backward(g, weight, A, B, h, scaling)
     gB, dB = gradients(g, B, h, scaling, want_gB=weight is not None)
     if weight is None or A is None or gB is None:
         return None, dB
+    if gpu.library_multiplies(g, weight):
+        dx = g @ weight
+        add_product_(dx, gB, A, scaling, dropout_p, seed)
+        return dx, dB
     return two_products(g, weight, None, gB, A, scaling, dropout_p=dropout_p, seed=seed), dB
 
 
@@ -80,10 +82,20 @@ def merged_backward(
 
 
 def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """W + s B A in W's dtype, rounded once."""
+    """W + s B A in W's dtype."""
     if gpu.library_multiplies(weight, A, B):
         return native.merged(weight, A, B, scaling)
     return two_products(pad_columns(B), A, scaling=scaling, add=weight)
+
+
+def output(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y = x Wᵀ + b + scaling h Bᵀ."""
+    Q = pad_columns(B).T
+    if gpu.library_multiplies(x, weight):
+        y = F.linear(x, weight, bias)
+        add_product_(y, h, Q, scaling)
+        return y
+    return two_products(x, weight.T, bias, h, Q, scaling)
 
 
 def project(x: Tensor, basis: Tensor, rank: int, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -91,7 +103,7 @@ def project(x: Tensor, basis: Tensor, rank: int, dropout_p: float = 0.0, seed: T
     if seed is None and gpu.library_multiplies(x, basis):
         return native.project(x, basis, rank)
     h = x.new_empty(x.shape[0], padded(rank), dtype=basis.dtype)
-    _launch_two_products(configs.NARROW_HALF, h, x, basis[:, :rank], None, None, None, 1.0, None, dropout_p, seed)
+    _launch_two_products(configs.DROPPED, h, x, basis[:, :rank], dropout_p=dropout_p, seed=seed)
     return h
 
 
@@ -113,29 +125,39 @@ def two_products(
     zero.
     """
     out = (L if add is None else add).new_empty(L.shape[0], R.shape[1])
-    half = configs.HALF if seed is None else configs.HALF_DROPPED
-    _launch_two_products(half, out, L, R, bias, P, Q, scaling, add, dropout_p, seed)
+    _launch_two_products(configs.ADDED, out, L, R, bias, P, Q, scaling, add, dropout_p, seed)
     return out
+
+
+def add_product_(
+    out: Tensor, P: Tensor, Q: Tensor, scaling: float, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> None:
+    """out += scaling drop(P Q), in place; P may have more columns than Q has rows, if those columns are zero."""
+    if seed is None and gpu.library_multiplies(out, P, Q):
+        out.addmm_(P, pad_rows(Q), alpha=scaling)
+    else:
+        _launch_two_products(configs.ADDED, out, None, None, None, P, Q, scaling, out, dropout_p, seed)
 
 
 def _launch_two_products(
     half: Mapping[int | str, configs.TritonConfig],
     out: Tensor,
-    L: Tensor,
-    R: Tensor,
-    bias: Tensor | None,
-    P: Tensor | None,
-    Q: Tensor | None,
-    scaling: float,
-    add: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    L: Tensor | None,
+    R: Tensor | None,
+    bias: Tensor | None = None,
+    P: Tensor | None = None,
+    Q: Tensor | None = None,
+    scaling: float = 1.0,
+    add: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> None:
     m, n = out.shape
-    base_dot = gpu.dot_dtype(L, R)
-    low_rank_dot = base_dot if P is None or Q is None else gpu.dot_dtype(P, Q)
-    single = tl.float32 in (base_dot, low_rank_dot)
-    config = gpu.pick(configs.SINGLE if single else half, out)
+    base_dot = None if L is None or R is None else gpu.dot_dtype(L, R)
+    low_rank_dot = None if P is None or Q is None else gpu.dot_dtype(P, Q)
+    config = gpu.pick(configs.SINGLE if tl.float32 in (base_dot, low_rank_dot) else half, out)
+    right = Q if R is None else R
+    assert right is not None
     gpu.launch(
         _two_products,
         triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
@@ -152,17 +174,17 @@ def _launch_two_products(
         dropout.threshold(dropout_p),
         m,
         n,
-        R.shape[1],
-        L.shape[1],
-        R.shape[0],
+        right.shape[1],
+        0 if L is None else L.shape[1],
+        0 if R is None else R.shape[0],
         0 if P is None else P.shape[1],
         0 if Q is None else Q.shape[0],
         out.stride(0),
-        *L.stride(),
-        *R.stride(),
-        0 if P is None else P.stride(0),
-        *((0, 0) if Q is None else Q.stride()),
-        *((0, 0) if add is None else add.stride()),
+        *_strides(L),
+        *_strides(R),
+        _strides(P)[0],
+        *_strides(Q),
+        *_strides(add),
         BASE_DOT=base_dot,
         LOW_RANK_DOT=low_rank_dot,
         BLOCK_M=config.block_m,
@@ -172,6 +194,10 @@ def _launch_two_products(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def _strides(matrix: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(1))
 
 
 @triton.jit(do_not_specialize=["m", "threshold"])
@@ -227,16 +253,17 @@ def _two_products(
             kept = _keep(SEED, rows, columns, threshold, BLOCK_M, BLOCK_N)
             total = tl.where(kept, total, 0.0)
         total *= scaling
-    l = L + row[:, None] * stride_lm
-    r = R + column[None, :] * stride_rn
-    for start in range(0, l_columns, BLOCK_K):
-        at = start + inner
-        far = at.to(tl.int64)
-        left = tl.load(l + far[None, :] * stride_lk, mask=in_m[:, None] & (at < l_columns)[None, :], other=0.0)
-        right = tl.load(r + far[:, None] * stride_rk, mask=(at < r_rows)[:, None] & in_n[None, :], other=0.0)
-        if P is None and SEED is not None:
-            left = tl.where(_keep(SEED, rows, at, threshold, BLOCK_M, BLOCK_K), left, 0.0)
-        total = tl.dot(left.to(BASE_DOT), right.to(BASE_DOT), total, input_precision="tf32x3")
+    if L is not None:
+        l = L + row[:, None] * stride_lm
+        r = R + column[None, :] * stride_rn
+        for start in range(0, l_columns, BLOCK_K):
+            at = start + inner
+            far = at.to(tl.int64)
+            left = tl.load(l + far[None, :] * stride_lk, mask=in_m[:, None] & (at < l_columns)[None, :], other=0.0)
+            right = tl.load(r + far[:, None] * stride_rk, mask=(at < r_rows)[:, None] & in_n[None, :], other=0.0)
+            if P is None and SEED is not None:
+                left = tl.where(_keep(SEED, rows, at, threshold, BLOCK_M, BLOCK_K), left, 0.0)
+            total = tl.dot(left.to(BASE_DOT), right.to(BASE_DOT), total, input_precision="tf32x3")
     if P is None:
         total *= scaling
     if BIAS is not None:
@@ -258,9 +285,7 @@ def gradients(
     if gpu.library_multiplies(g, B):
         gB = g @ pad_columns(B) if want_gB else None
         return gB, None if h is None else native.gradient_of_B(g, h, r, scaling)
-    dot_dtype = gpu.dot_dtype(g, B)
-    single = dot_dtype == tl.float32
-    config = gpu.pick(configs.SINGLE if single else configs.NARROW_HALF, g)
+    config = gpu.pick(configs.SINGLE, g)
     chunk_rows = configs.INTERPRETER_CHUNK_ROWS if dispatch.interpreting() else configs.CHUNK_ROWS
     chunks = triton.cdiv(m, chunk_rows)
     rank_tiles = triton.cdiv(padded(r), config.block_n)
@@ -285,7 +310,7 @@ def gradients(
         gB_programs,
         dB_programs,
         *g.stride(),
-        DOT=dot_dtype,
+        DOT=gpu.dot_dtype(g, B),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

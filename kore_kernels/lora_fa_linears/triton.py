@@ -1,7 +1,7 @@
 """lora_fa_linears on NVIDIA GPUs, from the kernels of lora_fa_linear.
 
 h = x U is formed once. In the backward pass the low-rank gradients g_i B_i of all layers meet in one (N, r) matrix
-before the one product with Uᵀ, which rides on the first layer's input gradient; the other layers add to it.
+before the one product with Uᵀ.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from kore_kernels import gpu
-from kore_kernels.lora_fa_linear.triton import gradients, project, two_products
-from kore_kernels.lora_fa_linears import native
+from kore_kernels.lora_fa_linear.triton import add_product_, gradients, output, project, two_products
 from kore_kernels.padding import pad, pad_columns
 
 
@@ -26,13 +25,8 @@ def forward(
     Bs: Sequence[Tensor],
     scaling: float,
 ) -> tuple[list[Tensor], Tensor]:
-    if gpu.library_multiplies(x, *weights, U):
-        return native.forward(x, weights, biases, U, Rs, Bs, scaling)
     h = project(x, pad_columns(U), U.shape[1])
-    ys = [
-        two_products(x, weight.T, bias, _rotate(h, R), pad_columns(B).T, scaling)
-        for weight, bias, R, B in zip(weights, biases, Rs, Bs)
-    ]
+    ys = [output(x, weight, bias, _rotate(h, R), B, scaling) for weight, bias, R, B in zip(weights, biases, Rs, Bs)]
     return ys, h
 
 
@@ -45,8 +39,6 @@ def backward(
     h: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    if gpu.library_multiplies(*gs, *weights, *Bs):
-        return native.backward(gs, weights, U, Rs, Bs, h, scaling)
     gBs, dBs = [], []
     for g, R, B in zip(gs, Rs, Bs):
         h_i = None if h is None else _rotate(h, R)
@@ -55,10 +47,16 @@ def backward(
         dBs.append(dB)
     if U is None:
         return None, dBs
-    low = project(torch.cat(gBs, dim=1), torch.cat([pad(R) for R in Rs]), U.shape[1])
-    dx = two_products(gs[0], weights[0], None, low, pad_columns(U).T, scaling)
-    for g, weight in zip(gs[1:], weights[1:]):
-        dx = two_products(g, weight, add=dx)
+    low, Q = project(torch.cat(gBs, dim=1), torch.cat([pad(R) for R in Rs]), U.shape[1]), pad_columns(U).T
+    if gpu.library_multiplies(*gs, *weights):
+        dx = gs[0] @ weights[0]
+        for g, weight in zip(gs[1:], weights[1:]):
+            dx.addmm_(g, weight)
+        add_product_(dx, low, Q, scaling)
+    else:
+        dx = two_products(gs[0], weights[0], None, low, Q, scaling)
+        for g, weight in zip(gs[1:], weights[1:]):
+            dx = two_products(g, weight, add=dx)
     return dx, [] if h is None else dBs
 
 

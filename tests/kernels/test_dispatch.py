@@ -75,6 +75,23 @@ def test_auto_on_a_gpu_uses_triton_only_where_it_is_proven(monkeypatch, proven, 
     assert "GPU suite" in reason
 
 
+def test_library_products_need_no_proof(monkeypatch):
+    asked = []
+    monkeypatch.setitem(dispatch.PROVEN_ON_GPU, "lora_fa_linear", ())
+    monkeypatch.setattr(dispatch, "_refusal", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = ("lora_fa_linear", torch.device("cuda", 0), torch.bfloat16)
+    assert dispatch._preference(*gpu, library=True)[0] == "triton"
+    assert dispatch._preference(*gpu, library=False)[0] == "reference"
+    select = dispatch.select
+    monkeypatch.setattr(dispatch, "select", lambda *words: asked.append(words[3:]) or select(*words))
+    x, weight, A, B = (torch.randn(shape).bfloat16() for shape in ((5, 8), (6, 8), (2, 8), (6, 2)))
+    for factors, options in (((A, B), {}), ((A, B), {"dropout_p": 0.5}), ((A.float(), B.float()), {})):
+        kk.lora_fa_linear(x, weight, None, *factors, **options)
+    kk.lora_fa_linears(x, [weight], [None], A.T.contiguous(), [torch.eye(2).bfloat16()], [B])
+    assert asked == [(True,), (False,), (False,), (True,)]
+
+
 def test_backends_says_what_can_run_and_why_not():
     rows = kk.backends()
     assert list(rows) == ["native", "triton", "reference"]
