@@ -63,7 +63,7 @@ def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype) -> 
             raise RuntimeError(f"KORE_BACKEND={setting} cannot run {op} on {device} in {dtype}: {refusal}")
     else:
         raise ValueError(f"KORE_BACKEND must be auto, {', '.join(BACKENDS)}, got {setting!r}")
-    return importlib.import_module(f"kore_kernels.{op}.{name}")
+    return importlib.import_module(f"{__package__}.{op}.{name}")
 
 
 def _preference(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
