@@ -33,7 +33,7 @@ if JOBS and not re.fullmatch("[1-9][0-9]*", JOBS):
 
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc"]
     found = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
     if found is None:
         raise SystemExit(

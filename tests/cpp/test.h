@@ -12,14 +12,13 @@ namespace test {
 
 inline int failures = 0;
 
-#define CHECK(condition, ...)                                           \
-    do {                                                                \
-        if (!(condition)) {                                             \
-            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            std::printf(__VA_ARGS__);                                   \
-            std::printf("\n");                                          \
-            ++test::failures;                                           \
-        }                                                               \
+#define CHECK(condition, ...)                                               \
+    do {                                                                    \
+        if (!(condition) && test::failures++ < 10) {                        \
+            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);     \
+            std::printf(__VA_ARGS__);                                       \
+            std::printf("\n");                                              \
+        }                                                                   \
     } while (0)
 
 inline int finish(const char* what) {
