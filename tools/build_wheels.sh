@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # tools/build_wheels.sh PYTHON OUT KIND...: a wheel for each of none, cpu, cuda; manylinux tags where Linux allows them.
 set -euo pipefail
-python=$1 out=$2
+bin=$(cd "$(dirname "$1")" && pwd)
+python=$bin/$(basename "$1") out=$2
 shift 2
-bin=$(dirname "$python")
 mkdir -p "$out"
 for kind in "$@"; do
     fresh=$(mktemp -d)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tools/reproducible.sh PYTHON OUT KIND...: builds the kinds again, elsewhere, and compares with the wheels in OUT.
 set -euo pipefail
-python=$(realpath -s "$1") out=$(realpath "$2")
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") out=$(realpath "$2")
 shift 2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
