@@ -48,7 +48,9 @@ def problems(wheel: Wheel) -> list[str]:
 
 def _contents(wheel: Wheel) -> list[str]:
     found = []
-    strange = [name for name in wheel.names if not re.match(r"(kore|kore_kernels|kore_lmm-[^/]+|kore_lmm\.libs)/", name)]
+    strange = [
+        name for name in wheel.names if not re.match(r"(kore|kore_kernels|kore_lmm-[^/]+|kore_lmm\.libs)/", name)
+    ]
     if strange:
         found.append(f"expected kore and kore_kernels only, got {', '.join(strange)}")
     if any(name.endswith((".pyc", ".cpp", ".cu")) for name in wheel.names):
@@ -132,7 +134,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheels", nargs="+", type=Path)
     parser.add_argument("--install", action="store_true", help="install each and run its self-test")
-    parser.add_argument("--packages", help="a site-packages folder with torch, in place of downloading the dependencies")
+    parser.add_argument(
+        "--packages", help="a site-packages folder with torch, in place of downloading the dependencies"
+    )
     arguments = parser.parse_args()
     failed = False
     for path in arguments.wheels:

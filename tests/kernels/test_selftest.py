@@ -57,7 +57,9 @@ def failing(C, x, *arguments):
     raise OSError("no such driver")
 
 
-@pytest.mark.parametrize(("broken", "told"), [(wrong, "covariance_update in float32: error"), (failing, "no such driver")])
+@pytest.mark.parametrize(
+    ("broken", "told"), [(wrong, "covariance_update in float32: error"), (failing, "no such driver")]
+)
 def test_a_wrong_backend_ends_with_status_1(monkeypatch, capsys, broken, told):
     monkeypatch.setattr(native, "covariance_update", broken)
     assert __main__.main() == 1
