@@ -24,7 +24,7 @@ bool rows_copyable(const kore_matrix& m) {
 
 bool columns_copyable(const kore_matrix& m) { return rows_copyable(transposed(m)); }
 
-// Along which dimension both factors lie; `rows`: contiguous rows are the summed dimension's.
+// Which dimension of both factors is contiguous; of a left one, rows lie along the summed dimension.
 bool majorness(const kore_matrix& m, const kore_matrix* other, bool rows_are_summed, Contiguous& result) {
     if (rows_copyable(m) && (!other || rows_copyable(*other)))
         result = rows_are_summed ? Contiguous::SUMMED : Contiguous::OWN;
