@@ -70,7 +70,8 @@ def build() -> None:
             if target not in running:
                 command = [*NVCC.split(), *TARGETS.get(generation, TARGETS["ampere"]), *(defines if own else [])]
                 running[target] = _start([*command, "-c", str(unit), "-o", str(target)])
-    if not all([_finished(target.name, process) for target, process in running.items()]):
+    compiled = [_finished(target.name, process) for target, process in running.items()]
+    if not all(compiled):
         return
     linked = [
         _finished(name, _start(["nvcc", "-shared", "-cudart", "static", *map(str, parts), "-o", f"{BUILD / name}.so"]))

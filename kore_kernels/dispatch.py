@@ -18,8 +18,8 @@ import torch
 
 BACKENDS = ("native", "triton", "reference")
 
-# Compute capabilities on which an operation's kernels passed the GPU suite on real hardware. There `auto` uses them, those
-# of the first backend that can; anywhere else it stays with plain PyTorch, and KORE_BACKEND opts in.
+# Compute capabilities on which an operation's kernels passed the GPU suite on real hardware. There `auto` uses them,
+# those of the first backend that can; anywhere else it stays with plain PyTorch, and KORE_BACKEND opts in.
 PROVEN_ON_GPU: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
     "native": {
         "covariance_update": (),
@@ -75,7 +75,7 @@ def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def next_to_native(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The backend of calls on a GPU that the compiled kernels are not for: Triton where it can run, or plain PyTorch."""
+    """The backend of calls on a GPU that the compiled kernels are not for: Triton where it can run, else PyTorch."""
     return _module(op, "reference" if _refusal("triton", device, dtype) else "triton", device)
 
 

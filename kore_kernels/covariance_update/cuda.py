@@ -1,7 +1,7 @@
 """covariance_update_ by the compiled kernels for NVIDIA GPUs: two-byte x without weights, into a float32 C.
 
-Anything else is passed on. Rows that a mask excludes, which may hold NaN, are copied as zeros, as is an x whose rows the
-kernels cannot read in pieces of 16 bytes.
+Anything else is passed on. An x with a mask is copied, zeros in place of the rows that it excludes, which may hold NaN;
+so is one whose rows the kernels cannot read in pieces of 16 bytes.
 """
 
 from __future__ import annotations

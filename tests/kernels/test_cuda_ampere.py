@@ -34,8 +34,8 @@ static void load(bool transposed, const int16_t* from, int16_t (&to)[32][4][2], 
     for (int lane = 0; lane < 32; ++lane)
         for (int matrix = 0; matrix < 4; ++matrix)
             for (int e = 0; e < 2; ++e) {
-                const int first = lane / 4, second = lane %% 4 * 2 + e;
-                const int i = transposed ? second : first, j = transposed ? first : second;
+                const int g = lane / 4, t = lane %% 4 * 2 + e;
+                const int i = transposed ? t : g, j = transposed ? g : t;
                 to[lane][matrix][e] = from[row(8 * matrix + i) / 2 + j];
             }
 }
@@ -48,8 +48,9 @@ extern "C" void stage(int left_own, int right_own, const int16_t* left, const in
             for (int m = 0; m < SUMS_DOWN; ++m)
                 for (int n = 0; n < SUMS_RIGHT; ++n) {
                     int16_t a[32][4][2], b[32][4][2];
-                    load(left_own, shared[0], a, [&](int l) { return left_row(left_own, 32 * warp + l, m, step); });
-                    load(right_own, shared[1], b, [&](int l) { return right_row(right_own, 32 * warp + l, n / 2, step); });
+                    const int first = 32 * warp;
+                    load(left_own, shared[0], a, [&](int l) { return left_row(left_own, first + l, m, step); });
+                    load(right_own, shared[1], b, [&](int l) { return right_row(right_own, first + l, n / 2, step); });
                     int L[16][16], R[16][8];  // what mma.m16n8k16 makes of the registers
                     for (int lane = 0; lane < 32; ++lane)
                         for (int q = 0; q < 4; ++q)
@@ -63,8 +64,8 @@ extern "C" void stage(int left_own, int right_own, const int16_t* left, const in
                             for (int e = 0; e < 2; ++e) {
                                 int sum = 0;
                                 for (int k = 0; k < 16; ++k) sum += L[lane / 4 + 8 * h][k] * R[k][lane %% 4 * 2 + e];
-                                const int thread = 32 * warp + lane;
-                                const int i = row_of_sum(thread) + 16 * m + 8 * h, j = column_of_sum(thread) + 8 * n + e;
+                                const int i = row_of_sum(first + lane) + 16 * m + 8 * h;
+                                const int j = column_of_sum(first + lane) + 8 * n + e;
                                 out[i * TILE + j] += sum;
                             }
                 }
@@ -115,7 +116,7 @@ def test_copies_fill_a_stage_without_bank_conflicts(layout, sizes, own):
     places = [
         [layout.copy_offset(int(own), thread, i) for thread in range(sizes["threads"])] for i in range(sizes["pieces"])
     ]
-    assert sorted(sum(places, [])) == list(range(0, sizes["factor_bytes"], 16))
+    assert sorted(place for row in places for place in row) == list(range(0, sizes["factor_bytes"], 16))
     for row in places:
         for first in range(0, sizes["threads"], 8):
             assert len({place // 16 % 8 for place in row[first : first + 8]}) == 8
