@@ -44,7 +44,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     if seed is not None or not cuda.suits(g, weight, A, B, h):
         return _other(g).backward(g, weight, A, B, h, scaling, dropout_p, seed)
-    g, dx = readable(g), None
+    g = readable(g)
+    dx: Tensor | None = None
     if weight is not None and A is not None:
         gB = project(g, readable(B))
         dx = two_products(g, readable(weight), None, gB, readable(A), scaling).contiguous()
