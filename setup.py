@@ -3,7 +3,7 @@
 ``KORE_BUILD`` says what is compiled:
 
 * ``auto`` (the default): the CPU kernels where that succeeds, else nothing. Never the CUDA kernels, even beside nvcc:
-  they take minutes, are for one architecture, and a wheel with them has a version of its own (``0.1.0+cu130``).
+  they take minutes, and a wheel with them has a version of its own (``0.1.0+cu130``).
 * ``none``: nothing; a pure-Python package that works without them.
 * ``cpu``: the CPU kernels, or the build fails.
 * ``cuda``: those and the CUDA kernels, for the architectures of ``KORE_CUDA_ARCHS`` ("80;90a;100a") that have any.
