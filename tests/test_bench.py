@@ -292,6 +292,7 @@ def test_the_gpu_suite_tests_the_backend_that_it_is_told(monkeypatch, backend):
     suites = []
     monkeypatch.setattr(sys, "argv", ["gpu_suite", "--backend", backend])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_suite, "resolve_device", torch.device)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(gpu_suite, "Clock", lambda device: None)
     monkeypatch.setattr(gpu_suite, "run", lambda suite, *rest: suites.append(suite) or 0)
