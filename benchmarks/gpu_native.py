@@ -523,6 +523,7 @@ def sanitize() -> None:
     if tool is None and not beside.exists():
         print("skipped: compute-sanitizer is neither in PATH nor beside nvcc; it comes with the CUDA toolkit")
         return
+    build()
     for sanitizer in SANITIZERS:
         before = [tool or str(beside), "--tool", sanitizer, "--error-exitcode", "9", "--print-limit", "5"]
         for name in ("hopper", "ampere"):
@@ -547,12 +548,12 @@ def main() -> None:
         sys.exit(min(check(options.check, options.library, options.small), 100))
     if options.times:
         return times()
+    if options.sanitize:
+        return sanitize()
     start = time.perf_counter()
     build()
     if options.build_only:
         return None
-    if options.sanitize:
-        return sanitize()
     for name, (library, environment) in list(CHECKED.items())[options.skip_debug :]:
         families = {
             family: in_process("--check", family, "--library", library, environment=environment) for family in FAMILIES
