@@ -1,10 +1,14 @@
-"""The CUDA kernels of csrc/cuda on a Hopper GPU, straight through the C ABI: correctness, then times.
+"""The CUDA kernels of csrc/cuda on an Ampere or newer GPU, straight through the C ABI: correctness, then times.
 
-    python benchmarks/gpu_native.py [--build-only] [--skip-debug]
+    python benchmarks/gpu_native.py [--build-only] [--skip-debug] [--sanitize]
 
 Builds build/native/*.so with nvcc unless they are of the same sources. Every family of calls is checked against float64
-in a process of its own, with a build in which a barrier that waits for five seconds is an error; then the release build
-is checked and timed beside cuBLAS, interleaved, the L2 cache flushed, medians.
+in a process of its own: Hopper's kernels with a build in which a barrier that waits for five seconds is an error, then
+as they are shipped, then those of Ampere, which a Hopper GPU runs too. Then they are timed beside cuBLAS, interleaved,
+the L2 cache flushed, medians.
+
+--sanitize runs the small checks under compute-sanitizer's memcheck, racecheck and synccheck instead, if that tool is in
+PATH or beside nvcc.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,34 +30,67 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "native"
 BUILDS = {"debug": ["-DKORE_DEBUG_HANG"], "release": [], "registers": ["-DKORE_ADD_FROM_REGISTERS"]}
-NVCC = "nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -shared -Xcompiler -fPIC -cudart static"
+NVCC = "nvcc -O3 -std=c++17 -Xcompiler -fPIC -DKORE_HOPPER -DKORE_AMPERE"
+# Machine code of 8.0 does not run on 9.0, so that the kernels of Ampere are compiled for both.
+TARGETS = {
+    "hopper": ["-gencode=arch=compute_90a,code=sm_90a"],
+    "ampere": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"],
+}
+# What is checked: a build, and the environment that chooses the kernels.
+CHECKED = {
+    "hopper, debug": ("debug", {}),
+    "hopper": ("release", {}),
+    "ampere": ("release", {"KORE_CUDA_KERNELS": "sm80"}),
+}
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+SMALL = 1 << 22  # multiplications of a check that a sanitizer can wait for
 FAMILIES = ("forward", "input_gradient", "narrow", "covariance", "covariance_large")
 SECONDS = 60  # for one family
 ROUNDS = 11
 
 
 def build() -> None:
-    """Compiles what was not compiled from exactly these sources."""
+    """Compiles everything unless it was compiled from exactly these sources."""
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [*sorted(SOURCES.iterdir()), ROOT / "csrc" / "kore.h"]
-    content = b"".join(path.read_bytes() for path in sources)
-    units = [str(path) for path in sources if path.suffix == ".cu"]
-    running = []
-    for name, defines in BUILDS.items():
-        library, stamp = BUILD / f"{name}.so", BUILD / f"{name}.sha256"
-        command = [*NVCC.split(), *defines]
-        digest = hashlib.sha256(" ".join(command).encode() + content).hexdigest()
-        if not library.exists() or not stamp.exists() or stamp.read_text() != digest:
-            stamp.unlink(missing_ok=True)
-            process = subprocess.Popen(
-                [*command, *units, "-o", str(library)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            running.append((name, stamp, digest, process))
-    for name, stamp, digest, process in running:
-        output = process.communicate()[0].decode()
-        if process.returncode == 0:
-            stamp.write_text(digest)
-        print(f"built {name}" if process.returncode == 0 else output, flush=True)
+    stamp = BUILD / "sources.sha256"
+    content = b"".join(path.read_bytes() for path in (*sources, Path(__file__)))
+    digest = hashlib.sha256(content).hexdigest()
+    if stamp.exists() and stamp.read_text() == digest:
+        return
+    stamp.unlink(missing_ok=True)
+    running: dict[Path, subprocess.Popen] = {}
+    objects: dict[str, list[Path]] = {name: [] for name in BUILDS}
+    for unit in (path for path in sources if path.suffix == ".cu"):
+        generation = unit.stem.partition("_")[0]
+        for name, defines in BUILDS.items():
+            own = generation == "hopper"
+            target = BUILD / (f"{unit.stem}-{name}.o" if own else f"{unit.stem}.o")
+            objects[name].append(target)
+            if target not in running:
+                command = [*NVCC.split(), *TARGETS.get(generation, TARGETS["ampere"]), *(defines if own else [])]
+                running[target] = _start([*command, "-c", str(unit), "-o", str(target)])
+    compiled = [_finished(target.name, process) for target, process in running.items()]
+    if not all(compiled):
+        return
+    linked = [
+        _finished(name, _start(["nvcc", "-shared", "-cudart", "static", *map(str, parts), "-o", f"{BUILD / name}.so"]))
+        for name, parts in objects.items()
+    ]
+    if all(linked):
+        stamp.write_text(digest)
+        print(f"built {', '.join(objects)}", flush=True)
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finished(name: str, process: subprocess.Popen) -> bool:
+    output = process.communicate()[0]
+    if process.returncode:
+        print(f"FAIL {name}: {output}", flush=True)
+    return process.returncode == 0
 
 
 class Matrix(ctypes.Structure):
@@ -271,19 +310,23 @@ def products_case(
     return case
 
 
-def check(family: str, library: str) -> int:
+def check(family: str, library: str, small: bool) -> int:
     import torch
 
     native, report = Native(library), Report(family)
     bf16, fp16 = torch.bfloat16, torch.float16
-    short = library != "debug"
+    short = library != "debug" and "KORE_CUDA_KERNELS" not in os.environ
 
     def products(m, n, k, r, dtype, majors, **options):
+        if small and m * n * (k + r) > SMALL:
+            return
         extras = "".join(f" {name}" for name, value in options.items() if value)
         name = f"{majors} {m}x{n}x{k} r={r} {dtype}{extras}"
         report.run(name, products_case(native, m, n, k, r, dtype, majors, **options))
 
     def covariance(d, n, dtype, upper, **options):
+        if small and d * d * n > SMALL:
+            return
         name = f"d={d} n={n} {dtype} {'upper' if upper else 'lower'} {options or ''}"
         report.run(name, covariance_case(native, d, n, dtype, upper, **options))
 
@@ -452,48 +495,73 @@ def times() -> None:
             traceback.print_exc()
 
 
-def in_process(*arguments: str) -> subprocess.Popen:
+def in_process(*arguments: str, before: list[str] | None = None, environment: dict[str, str] | None = None):
     return subprocess.Popen(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*(before or []), sys.executable, __file__, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(environment or {})},
     )
+
+
+def show(name: str, process: subprocess.Popen, seconds: float) -> None:
+    try:
+        output = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output = process.communicate()[0] + f"FAIL {name}: no end after {seconds:.0f} s"
+    print(f"[{name}] {output.strip()[-6000:]}", flush=True)
+    if process.returncode:
+        print(f"[{name}] exit status {process.returncode}", flush=True)
+
+
+def sanitize() -> None:
+    """The small checks of each generation under each tool, one at a time."""
+    tool = shutil.which("compute-sanitizer")
+    beside = Path(shutil.which("nvcc") or "").resolve().parent / "compute-sanitizer"
+    if tool is None and not beside.exists():
+        print("skipped: compute-sanitizer is neither in PATH nor beside nvcc; it comes with the CUDA toolkit")
+        return
+    build()
+    for sanitizer in SANITIZERS:
+        before = [tool or str(beside), "--tool", sanitizer, "--error-exitcode", "9", "--print-limit", "5"]
+        for name in ("hopper", "ampere"):
+            library, environment = CHECKED[name]
+            for family in FAMILIES:
+                arguments = ("--check", family, "--library", library, "--small")
+                process = in_process(*arguments, before=before, environment=environment)
+                show(f"{sanitizer}, {name}, {family}", process, 3 * SECONDS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", choices=FAMILIES)
     parser.add_argument("--library", default="debug")
+    parser.add_argument("--small", action="store_true", help="with --check: only what is small")
     parser.add_argument("--times", action="store_true")
     parser.add_argument("--build-only", action="store_true")
     parser.add_argument("--skip-debug", action="store_true")
+    parser.add_argument("--sanitize", action="store_true", help="small checks under compute-sanitizer, no times")
     options = parser.parse_args()
     if options.check:
-        sys.exit(min(check(options.check, options.library), 100))
+        sys.exit(min(check(options.check, options.library, options.small), 100))
     if options.times:
         return times()
+    if options.sanitize:
+        return sanitize()
     start = time.perf_counter()
     build()
     if options.build_only:
         return None
-    for library in ("debug", "release")[options.skip_debug :]:
-        families = [(name, in_process("--check", name, "--library", library)) for name in FAMILIES]
-        for name, process in families:
-            try:
-                output = process.communicate(timeout=SECONDS)[0]
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output = process.communicate()[0] + f"FAIL {name}: no end after {SECONDS} s"
-            print(f"[{library}] {output.strip()[-3000:]}", flush=True)
-            if process.returncode:
-                print(f"[{library}] {name}: exit status {process.returncode}", flush=True)
+    for name, (library, environment) in list(CHECKED.items())[options.skip_debug :]:
+        families = {
+            family: in_process("--check", family, "--library", library, environment=environment) for family in FAMILIES
+        }
+        for family, process in families.items():
+            show(f"{name}, {family}", process, SECONDS)
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
-    timing = in_process("--times")
-    try:
-        print(timing.communicate(timeout=120)[0], flush=True)
-    except subprocess.TimeoutExpired:
-        timing.kill()
-        print(
-            timing.communicate()[0], f"FAIL times: no end after 120 s, {time.perf_counter() - start:.0f} s", flush=True
-        )
+    show("times", in_process("--times"), 120)
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
     return None
 

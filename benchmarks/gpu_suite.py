@@ -1,6 +1,7 @@
 """Everything that only a GPU can show, in one command: correctness first, then times, in one JSON file.
 
     python -m benchmarks.gpu_suite                       # under 8 minutes on one H200
+    python -m benchmarks.gpu_suite --backend native      # the compiled kernels instead of Triton's
     python -m benchmarks.gpu_suite --only correctness "lora correctness"; python -m benchmarks.gpu_suite --add --only …
     python -m benchmarks.gpu_suite --device cpu --quick  # the same code on tiny shapes
 
@@ -35,7 +36,8 @@ from kore.bench.show import write_json
 from kore.bench.timing import Clock
 from kore.environment import environment
 
-RESULT = Path(__file__).parent / "results" / "gpu.json"
+RESULTS = Path(__file__).parent / "results"
+OUTPUT = {"triton": RESULTS / "gpu.json", "native": RESULTS / "gpu_native.json"}
 SCHEMA = 1
 
 
@@ -55,6 +57,7 @@ class Suite:
         missed: One line for everything that was not reached in time.
         result: What is written.
         clean: Of every section that ran, whether it found nothing wrong.
+        tested: The backend under test on a GPU.
     """
 
     device: torch.device
@@ -68,11 +71,12 @@ class Suite:
     missed: list[str] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
     clean: dict[str, bool] = field(default_factory=dict)
+    tested: str = "triton"
 
     @property
     def backend(self) -> str:
         """The backend under test."""
-        return "triton" if self.device.type == "cuda" else "native"
+        return self.tested if self.device.type == "cuda" else "native"
 
     def left(self) -> float:
         """Seconds until the deadline of the running section."""
@@ -184,7 +188,8 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu with --quick")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--budget", type=float, default=450.0, help="seconds after which the suite ends")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--backend", choices=list(OUTPUT), default="triton", help="the one under test on a GPU")
+    parser.add_argument("--output", type=Path, help=f"default: {OUTPUT['triton']}, of native {OUTPUT['native'].name}")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these sections")
     parser.add_argument("--add", action="store_true", help="keep the other sections that the file holds")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
@@ -198,7 +203,8 @@ def main() -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     end = time.monotonic() + arguments.budget
-    suite = Suite(device, arguments.quick, arguments.output, end, Clock(device))
+    output = arguments.output or OUTPUT[arguments.backend]
+    suite = Suite(device, arguments.quick, output, end, Clock(device), tested=arguments.backend)
     guard = threading.Timer(arguments.budget + 15, suite.give_up)
     guard.daemon = True
     guard.start()

@@ -87,6 +87,9 @@ int kore_dropout(
 
 /* The GPU's kernels run on the current device, in stream order; they neither allocate nor wait. Statuses are of the
  * launch. KORE_UNSUPPORTED: nothing was done, another backend can do it.
+ *
+ * Compute capability 9.0 has kernels of its own, 8.0 and newer others, older ones none. KORE_CUDA_KERNELS=sm80 in the
+ * environment, read once, chooses those of 8.0 on 9.0 too.
  */
 
 /* What the CUDA runtime said when a call in this thread last returned KORE_CUDA_ERROR. */

@@ -95,17 +95,15 @@ def _memory() -> int | None:
 
 
 def _kernels() -> list[Check]:
+    """Those of ``python -m kore_kernels``: what runs here, why the rest does not, and each backend beside float64."""
+    states: dict[str, Literal["ok", "note", "missing"]] = {"ok": "ok", "note": "note", "wrong": "missing"}
     try:
-        import kore_kernels
+        from kore_kernels import doctor
 
-        backends = kore_kernels.backends()
+        findings = doctor.examine()
     except Exception as error:
         return [Check("kernels", "missing", f"kore_kernels cannot be used ({type(error).__name__}: {error})")]
-    checks = []
-    for name, info in backends.items():
-        uses = f"; default for {', '.join(info.default_for)}" if info.default_for else ""
-        checks.append(Check(f"kernels {name}", "ok" if info.available else "note", f"{info.detail}{uses}"))
-    return checks
+    return [Check(f"kernels: {one.name}", states[one.state], one.detail) for one in findings]
 
 
 def _disk() -> Check:

@@ -13,9 +13,11 @@ public function        computes                                                 
 ``lora_fa_linear`` has dropout on its second term and a merged mode.
 
 In each folder: ``op.py`` (public function, argument checks, torch.library registration), ``reference.py`` (the
-definition in plain PyTorch), ``native.py`` (CPU), ``triton.py`` (NVIDIA GPUs) and ``configs.py`` (its tile sizes).
+definition in plain PyTorch), ``native.py`` (CPU), ``cuda.py`` (compiled, NVIDIA GPUs), ``triton.py`` (NVIDIA GPUs) and
+``configs.py`` (its tile sizes).
 ``KORE_BACKEND=auto|native|triton|reference`` chooses, at each call; ``dispatch.py`` says how ``auto`` decides.
-``extension.py`` loads what was compiled from ``csrc/``; without it the CPU backends use BLAS and torch.
+``extension.py`` loads what was compiled from ``csrc/``, ``cuda.py`` calls the part of it that runs on GPUs; without it
+the CPU backends use BLAS and torch.
 
 The package knows torch and nothing of models. Importing it registers the operations under ``torch.ops.kore`` and
 loads neither Triton nor SciPy.

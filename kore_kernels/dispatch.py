@@ -18,15 +18,23 @@ import torch
 
 BACKENDS = ("native", "triton", "reference")
 
-# Compute capabilities on which an operation's Triton kernels passed the GPU suite on real hardware. There `auto` uses
-# them; anywhere else it stays with plain PyTorch, and KORE_BACKEND=triton opts in. Those of the LoRA linears passed on
-# (9, 0) in an earlier form.
-PROVEN_ON_GPU: dict[str, tuple[tuple[int, int], ...]] = {
-    "covariance_update": ((9, 0),),
-    "symmetrize": ((9, 0),),
-    "lora_fa_linear": (),
-    "lora_fa_linears": (),
+# Compute capabilities on which an operation's kernels passed the GPU suite on real hardware. There `auto` uses them,
+# those of the first backend that can; anywhere else it stays with plain PyTorch, and KORE_BACKEND opts in. The Triton
+# kernels of the LoRA linears passed on (9, 0) in an earlier form.
+PROVEN_ON_GPU: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
+    "native": {
+        "covariance_update": (),
+        "lora_fa_linear": (),
+        "lora_fa_linears": (),
+    },
+    "triton": {
+        "covariance_update": ((9, 0),),
+        "symmetrize": ((9, 0),),
+        "lora_fa_linear": (),
+        "lora_fa_linears": (),
+    },
 }
+OPERATIONS = tuple(PROVEN_ON_GPU["triton"])
 
 log = logging.getLogger("kore_kernels")
 
@@ -66,29 +74,48 @@ def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype, lib
             raise RuntimeError(f"KORE_BACKEND={setting} cannot run {op} on {device} in {dtype}: {refusal}")
     else:
         raise ValueError(f"KORE_BACKEND must be auto, {', '.join(BACKENDS)}, got {setting!r}")
-    return importlib.import_module(f"kore_kernels.{op}.{name}")
+    return _module(op, name, device)
+
+
+def next_to_native(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend of calls on a GPU that the compiled kernels are not for: Triton where it can run, else PyTorch."""
+    return _module(op, "reference" if _refusal("triton", device, dtype) else "triton", device)
+
+
+def _module(op: str, name: str, device: torch.device) -> ModuleType:
+    """Of the native backend, the file for the CPU or the one for GPUs."""
+    file = "cuda" if name == "native" and device.type != "cpu" else name
+    return importlib.import_module(f"{__package__}.{op}.{file}")
 
 
 def _preference(op: str, device: torch.device, dtype: torch.dtype, library: bool = False) -> tuple[str, str]:
     if device.type == "cpu":
         return "native", "the CPU path"
+    for name, proven in PROVEN_ON_GPU.items():
+        if proven.get(op) and not _refusal(name, device, dtype) and _capability(device) in proven[op]:
+            return name, "its kernels passed the GPU suite on this architecture"
     refusal = _refusal("triton", device, dtype)
     if refusal:
         return "reference", f"Triton: {refusal}"
     if library:
         return "triton", "which only calls cuBLAS for these operands"
-    capability = torch.cuda.get_device_capability(device)
-    if capability in PROVEN_ON_GPU[op]:
-        return "triton", "its kernels passed the GPU suite on this architecture"
     return "reference", (
-        "its Triton kernels have not passed the GPU suite on sm_{}{}; KORE_BACKEND=triton opts in".format(*capability)
+        "its Triton kernels have not passed the GPU suite on sm_{}{}; KORE_BACKEND=triton opts in".format(
+            *_capability(device)
+        )
     )
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run such a call, or None."""
     if name == "native" and device.type != "cpu":
-        return "the native backend runs on CPU tensors"
+        from kore_kernels import cuda
+
+        return cuda.refusal(device)
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
@@ -110,13 +137,13 @@ def interpreting() -> bool:
 
 def backends() -> dict[str, BackendInfo]:
     """What can run on this machine, and why not: ``{"native": ..., "triton": ..., "reference": ...}``."""
-    from kore_kernels import blas, extension
+    from kore_kernels import blas, cuda, extension
 
     gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-    on_gpu = {op: _preference(op, gpu, torch.float32)[0] for op in PROVEN_ON_GPU} if gpu else {}
+    on_gpu = {op: _preference(op, gpu, torch.float32)[0] for op in OPERATIONS} if gpu else {}
     triton_device = gpu or torch.device("cpu")
     refusal = _refusal("triton", triton_device, torch.float32)
-    unproven = [op for op, name in on_gpu.items() if name != "triton"]
+    unproven = [op for op, name in on_gpu.items() if name == "reference"]
     if refusal:
         triton_detail = refusal
     elif unproven:
@@ -125,8 +152,10 @@ def backends() -> dict[str, BackendInfo]:
         triton_detail = "interpreter, for tests" if interpreting() else "passed the GPU suite on this architecture"
     gpu_ops = {name: tuple(f"{op} on cuda" for op, chosen in on_gpu.items() if chosen == name) for name in BACKENDS}
     native_detail = f"{extension.describe()}; {blas.describe()}"
+    if extension.refusal() is None:
+        native_detail += f"; on GPUs: {(gpu and cuda.refusal(gpu)) or cuda.describe()}"
     rows = [
-        BackendInfo("native", True, tuple(f"{op} on cpu" for op in PROVEN_ON_GPU), native_detail),
+        BackendInfo("native", True, (*(f"{op} on cpu" for op in OPERATIONS), *gpu_ops["native"]), native_detail),
         BackendInfo("triton", refusal is None, gpu_ops["triton"], triton_detail),
         BackendInfo("reference", True, gpu_ops["reference"], "plain PyTorch, any device and dtype"),
     ]

@@ -103,7 +103,7 @@ def _module() -> ModuleType:
 def _load() -> tuple[ModuleType | None, str | None]:
     """(module, None), or (None, why not)."""
     try:
-        module = importlib.import_module("kore_kernels._native")
+        module = importlib.import_module(f"{__package__}._native")
     except ModuleNotFoundError:
         return None, "not compiled in this installation"
     except ImportError as error:

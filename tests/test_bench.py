@@ -285,6 +285,21 @@ def test_the_gpu_suite_says_that_there_is_no_gpu(tmp_path, monkeypatch, capsys):
     assert "no CUDA GPU here" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_the_gpu_suite_tests_the_backend_that_it_is_told(monkeypatch, backend):
+    from benchmarks import gpu_suite
+
+    suites = []
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--backend", backend])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_suite, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(gpu_suite, "Clock", lambda device: None)
+    monkeypatch.setattr(gpu_suite, "run", lambda suite, *rest: suites.append(suite) or 0)
+    assert gpu_suite.main() == 0
+    assert suites[0].backend == backend and suites[0].output.stem == {"triton": "gpu", "native": "gpu_native"}[backend]
+
+
 def make_suite(tmp_path, seconds=100.0):
     from benchmarks.gpu_suite import Suite
 

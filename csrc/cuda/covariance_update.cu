@@ -1,211 +1,17 @@
-// One triangle of C += alpha x^T x on Hopper, for x (n, d) bfloat16 or float16.
-//
-// Clusters take squares of 256 x 256 of the triangle, or as much on the diagonal (Piece). Both factors are x itself, its
-// own dimension contiguous. A square is added to C by the copy engine, which needs no register while the next square is
-// multiplied; on the diagonal every element is masked, so the other triangle is neither read nor written. Pieces of the
-// last, partial wave are cut along the rows of x; a second kernel adds their parts in order. Every element of C is added
-// to once, so the bits repeat.
+// The C functions of the covariance update on GPUs: what is checked, and whose kernels run.
 #include "host.h"
-#include "mainloop.cuh"
 
 namespace kore {
 namespace {
 
-constexpr int CELL = ROWS, SQUARE = 2 * CELL;
-constexpr int GROUP = 4;  // rows of squares in a band
-
-template <class T>
-using Pipeline = Mainloop<T, Contiguous::OWN, Contiguous::OWN, SQUARE>;
-
-struct Update {
-    float* C;
-    int64_t d;
-    int squares;
-    Schedule schedule;
-    float alpha;
-    const float* alpha_factor;
-    bool upper;
-    bool bulk;  // whether the copy engine can address C
-    float4* parts;
-
-    __device__ Piece piece(int item, int rank) const {
-        return piece_of_triangle(schedule.tile(item), rank, squares, upper, GROUP);
-    }
-
-    __device__ float scale() const { return alpha_factor ? alpha * *alpha_factor : alpha; }
-
-    // Row i of C from column j on, as far as it lies in the triangle: where columns j + first ... j + last are.
-    struct Row {
-        float* at;
-        int first, last;
-        bool pairs;  // whether two even columns are one aligned word
-
-        __device__ void add(int column, float a, float b) const {
-            const bool left = first <= column && column <= last, right = first <= column + 1 && column < last;
-            if (left && right && pairs) {
-                add_global(at + column, a, b);
-            } else {
-                if (left) add_global(at + column, a);
-                if (right) add_global(at + column + 1, b);
-            }
-        }
-    };
-
-    __device__ Row row(int i, int j) const {
-        const int end = int(d) - 1;
-        float* at = C + i * d + j;
-        return {at, upper ? i - j : -j, (i > end ? -1 : upper ? end : i) - j, reinterpret_cast<uintptr_t>(at) % 8 == 0};
-    }
-
-    // Adds this thread's sums of 64 x 2 COUNT elements that begin at (i, j).
-    template <int COUNT>
-    __device__ void add(int i, int j, const float (&sum)[COUNT], float scale) const {
-        const Row above = row(i + sum_row(), j + sum_column()), below = row(i + sum_row() + 8, j + sum_column());
-#pragma unroll
-        for (int k = 0; k < COUNT / 4; ++k) {
-            above.add(8 * k, scale * sum[4 * k], scale * sum[4 * k + 1]);
-            below.add(8 * k, scale * sum[4 * k + 2], scale * sum[4 * k + 3]);
-        }
-    }
-
-    // Leaves them in the workspace; `first` of COUNT / 4 groups of columns.
-    template <int COUNT>
-    __device__ void keep(int part, int rank, int group, int first, const float (&sum)[COUNT]) const {
-#pragma unroll
-        for (int k = 0; k < COUNT / 4; ++k) write_part<SQUARE>(parts, sum + 4 * k, part, rank, group, first + k);
-    }
-};
-
-template <class T>
-__global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) covariance_kernel(
-    const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap C, const Update update
-) {
-    extern __shared__ uint8_t shared[];
-    Pipeline<T> pipeline(shared);
-    const Schedule& schedule = update.schedule;
-    const int group = warpgroup(), cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-    if (group == MULTIPLIERS) {
-        give_registers<COPY_REGISTERS>();
-        if (threadIdx.x == MULTIPLIERS * WARPGROUP) {
-            for (int item = cluster; item < schedule.items(); item += clusters) {
-                const Piece piece = update.piece(item, pipeline.rank);
-                const int row = piece.row * CELL, column = piece.column * CELL;
-                const int first = schedule.first_block(item), count = schedule.count(item);
-                if (piece.kind == Piece::SQUARE)
-                    pipeline.copy(x, x, row, column, first, count);
-                else if (piece.kind == Piece::STRIP)
-                    pipeline.copy_alone(x, x, row, column, column + CELL, first, count);
-                else
-                    pipeline.copy_alone(x, x, -1, column, piece.other * CELL, first, count);
-            }
-        }
-    } else {
-        take_registers<MULTIPLY_REGISTERS>();
-        const float scale = update.scale();
-        const bool first = threadIdx.x % WARPGROUP == 0;
-        for (int item = cluster; item < schedule.items(); item += clusters) {
-            const Piece piece = update.piece(item, pipeline.rank);
-            const int part = item - schedule.whole;
-            if (piece.kind == Piece::CORNERS) {
-                float upper[SQUARE / 4], lower[SQUARE / 4];
-                pipeline.multiply_halves(upper, lower, group, schedule.count(item));
-                if (part < 0) {
-                    const int corner = (group ? piece.other : piece.column) * CELL;
-                    update.add(corner, corner, upper, scale);
-                    update.add(corner + 64, corner, lower, scale);
-                } else {
-                    update.keep(part, pipeline.rank, group, 0, upper);
-                    update.keep(part, pipeline.rank, group, CELL / 8, lower);
-                }
-                continue;
-            }
-            float sum[SQUARE / 2];
-            pipeline.multiply(sum, group, schedule.count(item), false);
-            const int row = piece.row * CELL + group * 64, column = piece.column * CELL;
-            if (part >= 0) {
-                update.keep(part, pipeline.rank, group, 0, sum);
-                continue;
-            }
-            if (!update.bulk || piece.kind != Piece::SQUARE) {
-                update.add(row, column, sum, scale);
-                continue;
-            }
-            const int r = sum_row(), c = sum_column();
-#pragma unroll
-            for (int slice = 0; slice < SQUARE / 32; ++slice) {
-                const uint32_t buffer = pipeline.staging(group, slice % STAGING);
-                staging_acquire(group, first);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float* s = sum + slice * 16 + j * 4;
-                    const uint32_t place = (j * 2 + c / 4) ^ (r % 8);
-                    const uint32_t to = buffer + r * 128 + place * 16 + c % 4 * 4;
-                    store_shared(to, scale * s[0], scale * s[1]);
-                    store_shared(to + 8 * 128, scale * s[2], scale * s[3]);
-                }
-                staging_filled(group);
-                if (first) {
-                    add_out(C, buffer, column + slice * 32, row);
-                    copies_commit();
-                }
-            }
-        }
-        if (first) copies_done();
-    }
-    pipeline.finish();
-}
-
-constexpr int SLICE = 4;  // of the SQUARE / 8 groups of columns, for one block of add_parts_kernel
-
-// Blocks: (cut tile and block of the cluster, slice). Threads: as those that multiplied.
-__global__ void __launch_bounds__(MULTIPLIERS * WARPGROUP) add_parts_kernel(const Update update) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int tile = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, group = threadIdx.x / WARPGROUP;
-    const Schedule& schedule = update.schedule;
-    const Piece piece = update.piece(schedule.whole + tile * schedule.parts, rank);
-    const float scale = update.scale();
-#pragma unroll
-    for (int k = 0; k < SLICE; ++k) {
-        const int columns = blockIdx.y * SLICE + k;
-        const float4 part = add_parts<SQUARE>(update.parts, tile, schedule.parts, rank, group, columns);
-        const float sum[4] = {part.x, part.y, part.z, part.w};
-        if (piece.kind == Piece::CORNERS) {
-            const int corner = (group ? piece.other : piece.column) * CELL;
-            update.add(corner + columns / (CELL / 8) * 64, corner + columns % (CELL / 8) * 8, sum, scale);
-        } else {
-            update.add(piece.row * CELL + group * 64, piece.column * CELL + columns * 8, sum, scale);
-        }
-    }
-}
-
-Schedule plan(int64_t n, int64_t d, int clusters) {
-    return cut_last_wave(pieces_of_triangle(ceil_div(d, SQUARE)), ceil_div(n, BLOCK), clusters);
-}
-
-int64_t part_bytes(const Schedule& schedule) {
-    return schedule.cut() * schedule.parts * PART_BYTES<SQUARE>;
-}
-
-template <class T>
-void run(const CUtensorMap& x, const CUtensorMap& C, const Update& update, int clusters, cudaStream_t stream, Status& s) {
-    constexpr int BYTES = Pipeline<T>::SHARED_BYTES;
-    const Schedule& schedule = update.schedule;
-    s.check(cudaFuncSetAttribute(covariance_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
-    if (!s.ok()) return;
-    const int blocks = smaller(schedule.items(), clusters) * CLUSTER;
-    covariance_kernel<T><<<blocks, THREADS, BYTES, stream>>>(x, C, update);
-    s.check(cudaGetLastError());
-    if (!s.ok() || schedule.cut() == 0) return;
-    cudaLaunchAttribute early{};  // may start while the first kernel ends; it waits for its results
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(schedule.cut() * CLUSTER, SQUARE / 8 / SLICE);
-    config.blockDim = MULTIPLIERS * WARPGROUP;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = 1;
-    s.check(cudaLaunchKernelEx(&config, add_parts_kernel, update));
+int64_t workspace(int64_t n, int64_t d, const Device& device) {
+#ifdef KORE_HOPPER
+    if (device.kernels == Device::HOPPER) return hopper::covariance_workspace(n, d, device);
+#endif
+#ifdef KORE_AMPERE
+    if (device.kernels == Device::AMPERE) return ampere::covariance_workspace(n, d, device);
+#endif
+    return 0;
 }
 
 }  // namespace
@@ -214,9 +20,8 @@ void run(const CUtensorMap& x, const CUtensorMap& C, const Update& update, int c
 int64_t kore_cuda_covariance_workspace(int64_t n, int64_t d) {
     using namespace kore;
     Status status;
-    const int clusters = hopper_clusters(status);
-    if (!clusters || n <= 0 || d <= 0) return 0;
-    return part_bytes(plan(n, d, clusters));
+    const Device device(status);
+    return n > 0 && d > 0 ? workspace(n, d, device) : 0;
 }
 
 int kore_cuda_covariance_update(
@@ -229,8 +34,8 @@ int kore_cuda_covariance_update(
     float alpha,
     const float* alpha_factor,
     int upper,
-    void* workspace,
-    int64_t workspace_bytes,
+    void* space,
+    int64_t space_bytes,
     void* stream
 ) {
     using namespace kore;
@@ -240,22 +45,18 @@ int kore_cuda_covariance_update(
     status.require(dtype == KORE_BFLOAT16 || dtype == KORE_FLOAT16, KORE_UNSUPPORTED);
     if (!status.ok() || d == 0 || n == 0) return status;
     status.require(stride_row >= d && copyable(x, stride_row, 2), KORE_UNSUPPORTED);
-    const int clusters = hopper_clusters(status);
-    status.require(clusters > 0, KORE_UNSUPPORTED);
+    const Device device(status);
+    status.require(device.kernels != Device::NONE, KORE_UNSUPPORTED);
     if (!status.ok()) return status;
-    Update update{C, d, ceil_div(d, SQUARE), plan(n, d, clusters), alpha, alpha_factor, upper != 0, copyable(C, d, 4)};
-    update.parts = static_cast<float4*>(workspace);
-    status.require(workspace_bytes >= part_bytes(update.schedule), KORE_INVALID_ARGUMENT);
-#ifdef KORE_ADD_FROM_REGISTERS
-    update.bulk = false;
+    status.require(space_bytes >= workspace(n, d, device), KORE_INVALID_ARGUMENT);
+    if (!status.ok()) return status;
+    const CovarianceCall call{C,     d,            x,          n,     stride_row, dtype,
+                              alpha, alpha_factor, upper != 0, space, static_cast<cudaStream_t>(stream)};
+#ifdef KORE_HOPPER
+    if (device.kernels == Device::HOPPER) hopper::covariance_update(call, device, status);
 #endif
-    const CUtensorMap x_map = tensor_map(status, x, dtype, d, n, stride_row, 64);
-    const CUtensorMap C_map = update.bulk ? tensor_map(status, C, KORE_FLOAT32, d, d, d, 64) : CUtensorMap{};
-    if (!status.ok()) return status;
-    const auto queue = static_cast<cudaStream_t>(stream);
-    if (dtype == KORE_BFLOAT16)
-        run<__nv_bfloat16>(x_map, C_map, update, clusters, queue, status);
-    else
-        run<__half>(x_map, C_map, update, clusters, queue, status);
+#ifdef KORE_AMPERE
+    if (device.kernels == Device::AMPERE) ampere::covariance_update(call, device, status);
+#endif
     return status;
 }

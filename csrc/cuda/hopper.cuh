@@ -3,13 +3,9 @@
 
 #include <cuda.h>
 
-#include <cstdint>
+#include "common.cuh"
 
 namespace kore {
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // ---- Clusters and groups of threads
 

@@ -1,5 +1,8 @@
 #include "host.h"
 
+#include <cstdlib>
+#include <cstring>
+
 namespace kore {
 
 static thread_local cudaError_t latest = cudaSuccess;
@@ -11,47 +14,25 @@ void Status::check(cudaError_t error) {
     cudaGetLastError();  // or the next call would report it again
 }
 
-int hopper_clusters(Status& status) {
-    int device = 0, major = 0, processors = 0;
+// KORE_CUDA_KERNELS=sm80 in the environment, read once: the kernels of 8.0 on 9.0 too.
+static bool ampere_wanted() {
+    static const char* setting = std::getenv("KORE_CUDA_KERNELS");
+    return setting && std::strcmp(setting, "sm80") == 0;
+}
+
+Device::Device(Status& status) {
+    int device = 0, major = 0;
     status.check(cudaGetDevice(&device));
     status.check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     status.check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    return status.ok() && major == 9 ? processors / 2 : 0;
-}
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// Through the runtime, so that the library does not link to the driver.
-static Encode encoder() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    const bool ok = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return ok ? reinterpret_cast<Encode>(function) : nullptr;
-}
-
-CUtensorMap tensor_map(
-    Status& status, const void* data, int dtype, int64_t inner, int64_t outer, int64_t stride, int box_outer
-) {
-    static const Encode encode = encoder();
-    CUtensorMap map{};
-    if (!encode) status.check(cudaErrorSymbolNotFound);
-    if (!status.ok()) return map;
-    const int bytes = dtype == KORE_FLOAT32 ? 4 : 2;
-    const CUtensorMapDataType type = dtype == KORE_FLOAT32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                     : dtype == KORE_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    const cuuint64_t shape[2] = {cuuint64_t(inner), cuuint64_t(outer)};
-    const cuuint64_t strides[1] = {cuuint64_t(stride) * bytes};
-    const cuuint32_t box[2] = {cuuint32_t(128 / bytes), cuuint32_t(box_outer)};
-    const cuuint32_t steps[2] = {1, 1};
-    const CUresult result = encode(
-        &map, type, 2, const_cast<void*>(data), shape, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
-    );
-    if (result != CUDA_SUCCESS) status.check(cudaErrorInvalidValue);
-    return map;
+    status.check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    if (!status.ok()) return;
+#ifdef KORE_AMPERE
+    if (major >= 8) kernels = AMPERE;
+#endif
+#ifdef KORE_HOPPER
+    if (major == 9 && !(kernels == AMPERE && ampere_wanted())) kernels = HOPPER;
+#endif
 }
 
 }  // namespace kore

@@ -46,7 +46,8 @@ def covariance_update_(
         TypeError, ValueError: naming the argument, what was expected and what came. C is unchanged then.
 
     NaN and inf in a kept row propagate into C. No rows: C is unchanged. The native and Triton backends take
-    at most 12 MiB beside a small multiple of x, whatever d is. No gradient flows through this function.
+    at most 12 MiB beside a small multiple of x, whatever d is (the compiled CUDA kernels 128 KiB for each of the GPU's
+    multiprocessors). No gradient flows through this function.
     """
     _check(C, x, mask, weight, alpha)
     checks.triangle(_OP, triangle)

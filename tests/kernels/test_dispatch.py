@@ -40,7 +40,8 @@ def test_unknown_setting(monkeypatch):
     [
         ("triton", "cpu", torch.float32, "TRITON_INTERPRET=1|not installed"),
         ("triton", "cuda", torch.float64, "float64 has no Triton kernel|not installed"),
-        ("native", "cuda", torch.float32, "runs on CPU tensors"),
+        ("native", "cuda", torch.float32, "compiled without CUDA|no compiled kernels|no GPU can be used|without CUDA"),
+        ("native", "meta", torch.float32, "CPUs and NVIDIA GPUs"),
     ],
 )
 def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch, setting, device, dtype, reason):
@@ -67,7 +68,7 @@ def test_auto_logs_its_choice_once(caplog):
 
 @pytest.mark.parametrize(("proven", "expected"), [((), "reference"), (((9, 0),), "triton"), (((8, 0),), "reference")])
 def test_auto_on_a_gpu_uses_triton_only_where_it_is_proven(monkeypatch, proven, expected):
-    monkeypatch.setitem(dispatch.PROVEN_ON_GPU, "symmetrize", proven)
+    monkeypatch.setitem(dispatch.PROVEN_ON_GPU["triton"], "symmetrize", proven)
     monkeypatch.setattr(dispatch, "_refusal", lambda *arguments: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     name, reason = dispatch._preference("symmetrize", torch.device("cuda", 0), torch.float32)
@@ -77,7 +78,7 @@ def test_auto_on_a_gpu_uses_triton_only_where_it_is_proven(monkeypatch, proven, 
 
 def test_library_products_need_no_proof(monkeypatch):
     asked = []
-    monkeypatch.setitem(dispatch.PROVEN_ON_GPU, "lora_fa_linear", ())
+    monkeypatch.setitem(dispatch.PROVEN_ON_GPU["triton"], "lora_fa_linear", ())
     monkeypatch.setattr(dispatch, "_refusal", lambda *arguments: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     gpu = ("lora_fa_linear", torch.device("cuda", 0), torch.bfloat16)

@@ -26,7 +26,8 @@ def sources(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    for name in ("csrc", "cmake"):
+        shutil.copytree(ROOT / name, folder / name)
     shutil.copytree(
         ROOT / "kore_kernels", folder / "kore_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
@@ -84,4 +85,26 @@ def test_none_compiles_nothing(sources):
 
 def test_unknown_setting(sources):
     run = build(sources, "gpu")
-    assert run.returncode != 0 and "KORE_BUILD must be auto, none or cpu, got 'gpu'" in run.stderr
+    assert run.returncode != 0 and "KORE_BUILD must be auto, none, cpu or cuda, got 'gpu'" in run.stderr
+
+
+def test_cuda_without_nvcc_fails_and_says_why(sources):
+    run = build(sources, "cuda", PATH="", CUDACXX="", CUDA_HOME="", CUDA_PATH="")
+    assert run.returncode != 0
+    assert "KORE_BUILD=cuda needs" in run.stderr and "nvcc" in run.stderr
+    assert "or build with KORE_BUILD=cpu" in run.stderr
+
+
+def test_auto_beside_nvcc_compiles_no_cuda(sources, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 99.9\n")
+    nvcc.chmod(0o755)
+    run = build(sources, "auto", CUDACXX=str(nvcc), CXX="/no/compiler")
+    assert run.returncode == 0, run.stderr
+    assert "+cu" not in "".join(wheel.name for wheel in (sources / "dist-auto").iterdir())
+
+
+@pytest.mark.parametrize("jobs", ["0", "many", "-1"])
+def test_max_jobs_is_a_number(sources, jobs):
+    run = build(sources, "none", MAX_JOBS=jobs)
+    assert run.returncode != 0 and f"MAX_JOBS must be a number of compilers, 1 or more, got {jobs!r}" in run.stderr

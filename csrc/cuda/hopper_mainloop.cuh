@@ -13,11 +13,9 @@
 
 #include "hopper.cuh"
 #include "tiles.h"
-#include "wgmma.cuh"
+#include "hopper_wgmma.cuh"
 
 namespace kore {
-
-enum class Contiguous { SUMMED = 0, OWN = 1 };
 
 constexpr int BLOCK = 64;
 constexpr int ROWS = 128;              // of a block of threads
