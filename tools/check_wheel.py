@@ -134,9 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheels", nargs="+", type=Path)
     parser.add_argument("--install", action="store_true", help="install each and run its self-test")
-    parser.add_argument(
-        "--packages", help="a site-packages folder with torch, in place of downloading the dependencies"
-    )
+    parser.add_argument("--packages", help="a site-packages folder with torch; without it, pip brings the dependencies")
     arguments = parser.parse_args()
     failed = False
     for path in arguments.wheels:

@@ -55,11 +55,8 @@ def add(wheel: Path, build: Path) -> list[Path]:
             folder = build / variant
             identity = f"kore_kernels_{variant}".replace("-", "_")
             for name in names:
-                package = name.startswith("kore_kernels/")
                 # A compiled module looks for its libraries in ../kore_lmm.libs.
-                target = (
-                    folder / NAME.replace("-", "_") / name.removeprefix("kore_kernels/") if package else folder / name
-                )
+                target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 content = archive.read(name)
                 if name.endswith(".py"):
