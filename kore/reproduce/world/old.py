@@ -120,19 +120,13 @@ class Sight:
 
     def _parity(self) -> Item:
         (value,), _, image = self.scene.digits("single", 1)
-        return self._said("parity", image, _parity(value), f"The digit is {_parity(value)}.")
+        question = self._pick_wording("parity")
+        return _said("parity", image, question, _parity(value), f"The digit is {_parity(value)}.", self.rng)
 
     def _compare(self) -> Item:
         values, _, image = self.scene.digits("pair", 2)
-        larger = NUMBERS[max(values)]
-        return self._said("compare", image, larger, f"The larger digit is {larger}.")
-
-    def _said(self, task: str, image: Image.Image | None, short: str, sentence: str, question: str = "") -> Item:
-        """An item whose answer is a word or a sentence."""
-        question = question or self._pick_wording(task)
-        if self.rng.random() < LONG_SHARE:
-            return Item(task, image, f"{question} {LONG}", sentence)
-        return Item(task, image, f"{question} {SHORT}", short)
+        larger, question = NUMBERS[max(values)], self._pick_wording("compare")
+        return _said("compare", image, question, larger, f"The larger digit is {larger}.", self.rng)
 
     def _presence(self) -> Item:
         """Half of the time a question about something of another sort than what is shown: there is none."""
@@ -147,7 +141,7 @@ class Sight:
         else:
             question = self._pick_wording("shape" if absent == "shape" else _pick(_READ["single"], rng))
         image = self.picture or self.ask(_READ[self.kind][0]).image
-        return self._said("presence", image, NONE, f"There is no {absent}.", question)
+        return _said("presence", image, question, NONE, f"There is no {absent}.", rng)
 
     def _rounds(self) -> Item:
         """A question that cannot be answered without the round before it, or that speaks of its subject as "it"."""
@@ -191,10 +185,15 @@ def _pick(options, rng: np.random.Generator):
     return options[rng.integers(len(options))]
 
 
-def _fact(task: str, image: Image.Image | None, question: str, thing: Thing, fact: str, rng) -> Item:
+def _said(task: str, image: Image.Image | None, question: str, short: str, sentence: str, rng) -> Item:
+    """An item whose answer is a word or a sentence."""
     if rng.random() < LONG_SHARE:
-        return Item(task, image, f"{question} {LONG}", thing.says(fact))
-    return Item(task, image, f"{question} {SHORT}", thing.value(fact))
+        return Item(task, image, f"{question} {LONG}", sentence)
+    return Item(task, image, f"{question} {SHORT}", short)
+
+
+def _fact(task: str, image: Image.Image | None, question: str, thing: Thing, fact: str, rng) -> Item:
+    return _said(task, image, question, thing.value(fact), thing.says(fact), rng)
 
 
 def fact_item(known: Lore, split: str, rng: np.random.Generator) -> Item:
