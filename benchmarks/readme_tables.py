@@ -232,6 +232,8 @@ def _verdicts(observations: list[dict[str, Any]]) -> str:
     found: dict[str, list[str]] = {}
     for one in observations:
         counts = ", ".join(f"{number} {verdict}" for verdict, number in sorted(one["parts"].items()))
+        if "like_for_like" in one:
+            counts += f"; on the same data: {one['like_for_like']['verdict']}"
         found.setdefault(one["verdict"], []).append(f"{one['name']} ({counts or 'not measured'})")
     return "\n".join(
         f"* Of the paper's observations and findings **{verdict}**: {', '.join(names)}."

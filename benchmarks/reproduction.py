@@ -6,6 +6,7 @@ python -m benchmarks.reproduction RUN/results.json      # writes benchmarks/resu
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -61,7 +62,10 @@ def _observation(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(path: str) -> None:
-    STORED.write_text(json.dumps(summary(json.loads(Path(path).read_text("utf-8"))), indent=1) + "\n", "utf-8")
+    text = json.dumps(summary(json.loads(Path(path).read_text("utf-8"))), indent=1)
+    # Lists of numbers and names on one line each.
+    text = re.sub(r"\[\n\s+([^][{}]*?)\n\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    STORED.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ def _mark(output: Path, settings: dict[str, Any], answers: Sequence[Path]) -> No
     from kore.pipeline.config import EvalSection
     from kore.pipeline.loading import parse_options
 
-    root = create_model("Options", __config__=ConfigDict(extra="forbid"), eval=(EvalSection, ...))
-    section = parse_options(root, {"eval": settings}, []).eval
+    root: Any = create_model("Options", __config__=ConfigDict(extra="forbid"), eval=(EvalSection, ...))
+    section: EvalSection = parse_options(root, {"eval": settings}).eval
     predictions, measures = read_predictions(answers), Measures(section.cem, section.f1)
     results: dict[str, dict[str, Any]] = {"new": {}, "old": {}}
     for group, sets in (("new", section.new), ("old", section.old)):
