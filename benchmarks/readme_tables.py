@@ -184,6 +184,68 @@ def init() -> str:
     )
 
 
+def reproduction() -> str:
+    """The methods of `kore reproduce --scale mini` on both families."""
+    return reproduction_tables(_load("reproduction.json"))
+
+
+def reproduction_tables(stored: dict[str, Any]) -> str:
+    """A row a method: means with half their intervals, LLaVA's before Qwen2.5-VL's; ranks and verdicts below."""
+    columns = ("K.A", "K.R", "Avg", "HARS")
+    other = {line["label"]: line for line in stored["tables"]["architecture"]}
+    heads = [f"{family} {column}" for family in ("LLaVA", "Qwen") for column in columns]
+    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
+    for line in stored["tables"]["main"]:
+        # On Qwen2.5-VL every baseline has the augmented data.
+        twin = None if line["row"].endswith("-plain") else other[line["label"].removesuffix(", same data")]
+        cells = [_interval(each["values"].get(column)) if each else "–" for each in (line, twin) for column in columns]
+        mark = "" if line["tuned"] and (twin is None or twin["tuned"]) else " †"
+        lines.append(f"| {line['label']}{mark} | {' | '.join(cells)} |")
+    worlds = len(stored["worlds"])
+    return "\n".join(lines) + (
+        f"\n\nMeans over {worlds} pre-trained worlds ± half the 95 % interval of Student's t, "
+        f"{stored['budget']['steps']} steps of {stored['budget']['batch_size']} conversations each, "
+        f"{_where(stored['environment'])}; “same data”: on KORE's augmented data, as all of Qwen2.5-VL are.\n\n"
+        f"{_ranks(stored)}\n\n{_verdicts(stored['observations'])}"
+    )
+
+
+def _interval(value: list[float | None] | None) -> str:
+    if value is None or value[0] is None:
+        return "–"
+    mean, low, high = value
+    return f"{mean:.1f}" if low is None or high is None else f"{mean:.1f} ± {(high - low) / 2:.1f}"
+
+
+def _ranks(stored: dict[str, Any]) -> str:
+    """Where KORE and its balanced and protected forms stand."""
+    parts = []
+    for table, family in (("main", "LLaVA"), ("architecture", "Qwen2.5-VL")):
+        labels = {line["row"]: line["label"] for line in stored["tables"][table]}
+        ranks = stored["ranks"][table]
+        own = [row for row in labels if row.endswith(("/kore", "/kore-balanced", "/kore-two-sided"))]
+        places = [
+            f"{labels[row]} {ranks['Avg'].index(row) + 1} and {ranks['HARS'].index(row) + 1}"
+            for row in sorted(own, key=ranks["Avg"].index)
+        ]
+        parts.append(f"{family}, of {len(ranks['Avg'])} rows: {'; '.join(places)}")
+    return f"Rank by mean Avg and by mean HARS. {'. '.join(parts)}."
+
+
+def _verdicts(observations: list[dict[str, Any]]) -> str:
+    """A line for each verdict."""
+    found: dict[str, list[str]] = {}
+    for one in observations:
+        counts = ", ".join(f"{number} {verdict}" for verdict, number in sorted(one["parts"].items()))
+        if "like_for_like" in one:
+            counts += f"; on the same data: {one['like_for_like']['verdict']}"
+        found.setdefault(one["verdict"], []).append(f"{one['name']} ({counts or 'not measured'})")
+    return "\n".join(
+        f"* Of the paper's observations and findings **{verdict}**: {', '.join(names)}."
+        for verdict, names in found.items()
+    )
+
+
 def _memory(stored: dict[str, Any]) -> str:
     """What one update takes beside C and x."""
     sizes = {
@@ -210,6 +272,7 @@ TABLES = {
     "gpu": gpu,
     "protection": protection,
     "augmentation": augmentation,
+    "reproduction": reproduction,
 }
 
 

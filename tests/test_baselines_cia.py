@@ -83,7 +83,7 @@ def test_at_a_constant_rate_it_is_the_weighted_sum(rule, beta):
     averaging = Averaging(rule, beta)
     wanted = beta**4 * path[0] + sum((1 - beta) * beta ** (4 - t) * path[t] for t in range(1, 5))
     assert follow(averaging, path) == pytest.approx(wanted, rel=1e-13)
-    assert averaging.log() == {"adaptive_beta": 0.0}
+    assert averaging.log() == {"adaptive_beta": 0.0, "mean_beta": beta}
 
 
 def test_the_rates_are_used_where_they_are_between_0_and_1():

@@ -132,15 +132,17 @@ def test_the_contrast_is_the_formula():
                 own = math.exp(float(rows[q] @ rows[k]) / 0.3)
                 losses.append(-math.log(own / (own + others)))
     wanted = sum(losses) / len(losses)
-    assert len(losses) == 8 and float(contrast(outputs, expert, there, 0.3)) == pytest.approx(wanted, rel=1e-13)
-    renamed = torch.tensor([2, 2, 2, 0, 0, 1, 1])
+    assert len(losses) == 8
+    expert = expert[None]
+    assert float(contrast(outputs, expert, there, 0.3)) == pytest.approx(wanted, rel=1e-13)
+    renamed = torch.tensor([[2, 2, 2, 0, 0, 1, 1]])
     torch.testing.assert_close(contrast(outputs, renamed, there, 0.3), contrast(outputs, expert, there, 0.3))
     with_scale = contrast(outputs * 1e6, expert, there, 0.3)
     torch.testing.assert_close(with_scale, contrast(outputs * 1e9, expert, there, 0.3), rtol=1e-12, atol=0)
 
 
 def test_the_contrast_of_equal_outputs_and_which_way_it_pulls():
-    expert, there = torch.tensor([0, 0, 1, 1]), torch.ones(1, 4, dtype=torch.bool)
+    expert, there = torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4, dtype=torch.bool)
     zero = torch.zeros(1, 4, 5, dtype=torch.float64, requires_grad=True)
     value = contrast(zero, expert, there, 0.1)
     assert float(value.detach()) == pytest.approx(math.log(1 + 2), rel=1e-14)
@@ -150,7 +152,7 @@ def test_the_contrast_of_equal_outputs_and_which_way_it_pulls():
     together = apart.clone()
     together[0, 0] = together[0, 1] = (apart[0, 0] + apart[0, 1]) / apart[0, :2].sum(0).norm()
     assert float(contrast(together, expert, there, 0.1)) < float(contrast(apart, expert, there, 0.1))
-    for alone in (torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 2, 3])):  # no other expert; no pair
+    for alone in (torch.tensor([[0, 0, 0, 0]]), torch.tensor([[0, 1, 2, 3]])):  # no other expert; no pair
         outputs = normal(1, 4, 5).requires_grad_()
         value = contrast(outputs, alone, there, 0.1)
         (gradient,) = torch.autograd.grad(value.sum(), outputs)
@@ -194,6 +196,28 @@ def test_neither_padding_nor_how_a_step_is_split_matters(kind):
     gradients = torch.autograd.grad(whole, trained, allow_unused=True)
     assert all(g is not None and g.isfinite().all() for g, p in zip(gradients, trained) if p.shape[0] == 8)
     assert not any(layer.recorder for layer in routed_layers(model).values())
+
+
+@pytest.mark.parametrize("options", [{}, {"top": 3, "experts": 4}, {"preset": "coin"}])
+def test_contrasted_are_the_outputs_of_the_experts_a_token_goes_to(options):
+    model, records = moved(**options), []
+    penalty = baseline("moelora", contrastive=1.0, balance=0.0, **options).penalty(model, None)
+    penalty.begin(Start(model, None, [], 1, None, None))
+    batch = {key: value[:1] for key, value in make_batch("llama").items()}
+    for layer in routed_layers(model).values():
+        layer.recorder = lambda *what, keep=layer.recorder: (keep(*what), records.append(what))
+    value = penalty.batch(forward(model.train(), batch, selects_logits(model)))
+    penalty.finish()
+    places, there = spread(batch["attention_mask"].bool(), penalty.tokens)
+    found = []
+    for layer, adapter, _, gates, inner in records:
+        B, blocks = layer.lora_B[adapter].weight, layer.ranks[adapter]
+        pairs = zip(inner[:, places[0]].split(blocks, -1), B.split(blocks, 1))
+        outputs = torch.cat([x @ b.T for x, b in pairs], 1)
+        expert = torch.arange(len(blocks)).repeat_interleave(penalty.tokens)[None]
+        routed = (gates[:, places[0]] > 0).mT.flatten(1) & there.repeat(1, len(blocks))
+        found.append(contrast(outputs, expert, routed, 0.1))
+    torch.testing.assert_close(value, torch.stack(found).mean(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

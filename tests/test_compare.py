@@ -328,7 +328,7 @@ def test_the_command_compares(two, capsys):
         (["--compare", "=A", "-o", "x"], "expected DIR or NAME=DIR, got '=a'"),
         (["--compare", "A", "-m", "model", "-o", "x"], "--model: not with --compare"),
         (["A", "-m", "model", "-o", "x"], "directories: expected --compare"),
-        (["-m", "model", "-o", "x"], "expected --model, --output and --questions or --old"),
+        (["-m", "model", "-o", "x"], "expected --model or --answers, --output, and --questions or --old"),
         (["--shared", "-m", "model", "-o", "x"], "--shared: expected --compare"),
         (["--compare", "A", "--f1", "bag", "-o", "x"], "f1: expected multiset or set, got 'bag'"),
     ],

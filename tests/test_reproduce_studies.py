@@ -15,6 +15,8 @@ import pytest
 import torch
 from scipy import stats
 
+from benchmarks.readme_tables import reproduction_tables
+from benchmarks.reproduction import summary
 from kore.baselines import BASELINES as KNOWN
 from kore.baselines import METHODS, Preparation, baseline
 from kore.errors import ConfigError, KoreError
@@ -286,6 +288,33 @@ def test_tables_as_csv_and_json_hold_every_number() -> None:
         json.loads(json.dumps(table.as_json()))["lines"][1]["values"]["K.A"]["value"]
         == table.lines[1].values["K.A"].value
     )
+
+
+def test_what_is_stored_and_shown_of_a_reproduction() -> None:
+    results = _results(_as_the_paper_says, _kept)
+    values = {
+        **dict(scale="mini", quick=False, worlds=[0, 1, 2], budget=vars(cell.FULL), tuned={}, seconds=1.0),
+        "environment": {"processor": "a processor", "torch": "2", "commit": "0123456789"},
+        "tables": {name: table.as_json() for name, table in all_tables(results).items()},
+        "observations": [claim.as_json() for claim in observations(results)],
+        "cells": {row: [{"core_seconds": {"train": 1.5}} for _ in cells] for row, cells in results.cells.items()},
+    }
+    stored = json.loads(json.dumps(summary(values)))
+    assert stored["cells"] == 3 * len(ROWS) and stored["core_seconds_of_cells"] == round(4.5 * len(ROWS))
+    for measure in ("Avg", "HARS"):
+        assert [BY_ID[row].label for row in stored["ranks"]["main"][measure]] == [
+            label for label, _ in ranking(results, measure=measure.lower())
+        ]
+    assert stored["observations"][0]["parts"] == {HOLDS: 2 * len(BASELINES) + 1}
+    text = reproduction_tables(stored)
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    labels = {row.label + " †" * (row.method == "cia") for row in rows_of("main")}
+    assert set(rows) - {"method", "untouched model"} == labels
+    kore = next(line for line in stored["tables"]["main"] if line["row"] == f"{LLAVA}/{KORE}")["values"]["K.A"]
+    assert rows["KORE"][1] == f"{kore[0]:.1f} ± {(kore[2] - kore[1]) / 2:.1f}"
+    assert rows["LoRA"][5] == "–" != rows["LoRA, same data"][5]
+    assert "LLaVA, of 21 rows: KORE 1 and 1;" in text and "Qwen2.5-VL, of 12 rows:" in text
+    assert "**cannot be told**: " in text and text.endswith("7 (not measured).")
 
 
 def test_rows_without_cells_are_named_as_missing() -> None:

@@ -24,7 +24,7 @@ from kore.reproduce.pretrain import ABOUT, Pool, Schedule, Writer, loss_of, whit
 from kore.reproduce.scoring import dimension_scores, is_right, task_scores
 from kore.reproduce.world.lore import lore, new_things
 from kore.reproduce.world.new import TYPES
-from kore.reproduce.world.old import DIMENSIONS, TASKS, old_items
+from kore.reproduce.world.old import DIMENSIONS, NONE, TASKS, old_items
 
 TINY = Schedule(2, batch_size=4, pictures=120, rounds=1, align_steps=2, tower_steps=2, tower_pictures=70)
 FEW = Sizes(things=2, rounds=1, per_fact=1, per_task=1, per_group=2)
@@ -116,8 +116,10 @@ def test_worlds_differ_and_share_no_new_thing() -> None:
 def test_old_questions_are_answerable_and_balanced() -> None:
     known = lore(2)
     items = old_items(known, "test", 60)
-    presence = [item.answer for item in items if item.task == "presence"]
-    assert set(presence) == {"yes", "no"} and 15 < presence.count("yes") < 45
+    presence = [item for item in items if item.task == "presence"]
+    absent = [item for item in presence if item.answer == NONE or item.answer.startswith("There is no ")]
+    assert len(presence) == 60 and 15 < len(absent) < 45
+    assert not {item.answer for item in items} & {"yes", "no"}
     for item in items:
         assert is_right(item.task, item.answer, item.answer), item
         assert (item.image is None) == (item.task == "facts")

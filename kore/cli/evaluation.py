@@ -42,6 +42,10 @@ def evaluate(
     on_bad_row: OnBadRow = "fail",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(help="In place of --model: file of answers {question_id, prediction}; may be repeated."),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare finished results with the first of them.")
     ] = False,
@@ -60,10 +64,18 @@ def evaluate(
 
     Several processes, each with its share: `torchrun --nproc-per-node 4 -m kore eval ...`
 
+    Answers that something else has given: `kore eval --answers theirs.jsonl -q new.jsonl --old old.jsonl -o theirs`
+
     Comparison with significance: `kore eval --compare lora=runs/l/eval kore=runs/k/eval -o compare/report.html`
     """
     if compare:
-        for name, value in (("--model", model), ("--questions", questions), ("--old", old), ("--adapter", adapter)):
+        for name, value in (
+            ("--model", model),
+            ("--questions", questions),
+            ("--old", old),
+            ("--adapter", adapter),
+            ("--answers", answers),
+        ):
             if value:
                 raise ConfigError(f"{name}: not with --compare, which asks nothing; give the directories of results")
         _compare(directories or [], output, untouched or [], shared, cem, f1)
@@ -71,27 +83,51 @@ def evaluate(
     for option, given in (("--untouched", untouched), ("--shared", shared), ("directories", directories)):
         if given:
             raise ConfigError(f"{option}: expected --compare with it")
-    if model is None or output is None or not (questions or old):
-        raise ConfigError("expected --model, --output and --questions or --old; or --compare with directories")
-    _ask(
-        output,
-        _model(model, dtype, device),
-        {
-            "new": [{"file": file, "image_root": image_root} for file in questions or []],
-            "old": [{"file": file, "image_root": image_root} for file in old or []],
-            "batch_size": batch_size,
-            "max_new_tokens": max_new_tokens,
-            "on_bad_row": on_bad_row,
-            **_given(cem=cem, f1=f1),
-        },
-        adapter,
-    )
+    if (model is None) == (not answers) or output is None or not (questions or old):
+        raise ConfigError(
+            "expected --model or --answers, --output, and --questions or --old; or --compare with directories"
+        )
+    settings = {
+        "new": [{"file": file, "image_root": image_root} for file in questions or []],
+        "old": [{"file": file, "image_root": image_root} for file in old or []],
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "on_bad_row": on_bad_row,
+        **_given(cem=cem, f1=f1),
+    }
+    if model is not None:
+        _ask(output, _model(model, dtype, device), settings, adapter)
+    elif adapter is not None:
+        raise ConfigError("--adapter: expected --model with it; --answers are there already")
+    else:
+        _mark(output, settings, answers or [])
+
+
+def _mark(output: Path, settings: dict[str, Any], answers: Sequence[Path]) -> None:
+    """Mark answers that are there; the result is laid out like that of a model."""
+    from pydantic import ConfigDict, create_model
+
+    from kore.data import load_questions
+    from kore.evaluation import Measures
+    from kore.evaluation.given import mark, read_predictions, store
+    from kore.evaluation.summary import Run
+    from kore.pipeline.config import EvalSection
+    from kore.pipeline.loading import parse_options
+
+    root: Any = create_model("Options", __config__=ConfigDict(extra="forbid"), eval=(EvalSection, ...))
+    section: EvalSection = parse_options(root, {"eval": settings}).eval
+    predictions, measures = read_predictions(answers), Measures(section.cem, section.f1)
+    results: dict[str, dict[str, Any]] = {"new": {}, "old": {}}
+    for group, sets in (("new", section.new), ("old", section.old)):
+        for one in sets:
+            questions = load_questions(one.file, one.image_root, section.on_bad_row)
+            results[group][one.name] = mark(questions, predictions, measures, section.on_bad_row)
+    output = output.absolute()
+    store(Run(**results), output, measures)
+    _report(output)
 
 
 def _ask(output: Path, model: dict[str, Any], settings: dict[str, Any], adapter: Path | None) -> None:
-    from kore.artifacts import read_json
-    from kore.evaluation.comparing import compare as compared_with
-    from kore.evaluation.comparison_page import write_page
     from kore.pipeline.config import EvalSection
     from kore.pipeline.stages import EvalStage
     from kore.processes import is_main_process
@@ -100,8 +136,17 @@ def _ask(output: Path, model: dict[str, Any], settings: dict[str, Any], adapter:
     stage = EvalStage(output.absolute(), options.model, options.eval, _absolute(adapter))
     _run(stage, options.model)
     if is_main_process():
-        _show_scores(read_json(stage.output / "scores.json"))
-        write_page(compared_with({output.absolute().name: [stage.output]}), stage.output / _PAGE)
+        _report(stage.output)
+
+
+def _report(output: Path) -> None:
+    """The scores on the terminal and as a page beside them."""
+    from kore.artifacts import read_json
+    from kore.evaluation.comparing import compare as compared_with
+    from kore.evaluation.comparison_page import write_page
+
+    _show_scores(read_json(output / "scores.json"))
+    write_page(compared_with({output.name: [output]}), output / _PAGE)
 
 
 def _compare(

@@ -96,7 +96,7 @@ def evaluate(
         shown = progress and processes.rank == 0
         for new in _generate(model, encoder, questions, mine, max_new_tokens, on_bad_question, bad, shown):
             if store:
-                store.append([_answer(i, questions[i], prediction, measures) for i, prediction in new.items()])
+                store.append([Answer.of(i, questions[i], prediction, measures) for i, prediction in new.items()])
             said |= new
     for predictions, reasons in processes.share((said, bad)):
         done |= predictions
@@ -239,27 +239,11 @@ def _tracked(batches: Sequence[Sequence[int]], progress: bool) -> Iterator[Seque
 def _result(
     questions: Sequence[Question], said: Mapping[int, str], bad: Mapping[int, str], measures: Measures
 ) -> EvalResult:
-    answers = [_answer(index, questions[index], said[index], measures) for index in sorted(said)]
+    answers = [Answer.of(index, questions[index], said[index], measures) for index in sorted(said)]
     if not answers:
         raise DataError(f"evaluation: no question could be asked; the first problem: {bad[min(bad)]}")
     left_out = [LeftOut(questions[index].question_id, bad[index]) for index in sorted(bad)]
     return EvalResult.of(answers, measures, left_out)
-
-
-def _answer(index: int, question: Question, prediction: str, measures: Measures) -> Answer:
-    accepted = question.answer if isinstance(question.answer, str) else list(question.answer)
-    cem, f1 = measures.mark(prediction, accepted)
-    return Answer(
-        index=index,
-        question_id=question.question_id,
-        type=question.type,
-        image=None if question.image is None else str(question.image),
-        question=question.text,
-        answer=accepted,
-        prediction=prediction,
-        cem=cem,
-        f1=f1,
-    )
 
 
 def _state(model: torch.nn.Module, questions: Sequence[Question], max_new_tokens: int) -> dict[str, Any]:

@@ -7,12 +7,15 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kore.artifacts import atomic_write, read_json
 from kore.errors import ArtifactError
 from kore.evaluation.measures import Measures, intervals
 from kore.metrics import knowledge_adaptation
+
+if TYPE_CHECKING:
+    from kore.data.types import Question
 
 ANSWERS, SCORES, STATE = "answers.jsonl", "scores.json", "state.json"
 
@@ -30,6 +33,23 @@ class Answer:
     prediction: str
     cem: float
     f1: float
+
+    @classmethod
+    def of(cls, index: int, question: Question, prediction: str, measures: Measures) -> Answer:
+        """What was said to a question, marked; ``index``: the question's place."""
+        accepted = question.answer if isinstance(question.answer, str) else list(question.answer)
+        cem, f1 = measures.mark(prediction, accepted)
+        return cls(
+            index=index,
+            question_id=question.question_id,
+            type=question.type,
+            image=None if question.image is None else str(question.image),
+            question=question.text,
+            answer=accepted,
+            prediction=prediction,
+            cem=cem,
+            f1=f1,
+        )
 
     @property
     def mean(self) -> float:

@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from kore import statistics
 from kore.artifacts import read_json
 from kore.errors import ArtifactError, DataError
+from kore.evaluation.measures import Measures
 from kore.evaluation.results import ANSWERS, SCORES, EvalResult, load_result
+from kore.metrics import knowledge_retention
 from kore.statistics import LEVEL, RESAMPLES, Comparison, Interval
 
 Over = Literal["questions", "seeds", "both"]
@@ -142,6 +144,23 @@ def differences(
         p = statistics.draws_p(spread) if known else None
         result[measure] = Comparison(_interval(value, spread, level), p)
     return result
+
+
+def scores_of(run: Run, measures: Measures) -> dict[str, Any]:
+    """What ``scores.json`` of ``kore eval`` holds: the scores of every set, K.A (the mean over the new sets of their
+    mean of CEM and F1), K.R (the mean CEM over the old sets), and their intervals over questions."""
+    scores: dict[str, Any] = {"measures": measures.as_json(), "new": {}, "old": {}}
+    for group, name, result in run.sets():
+        assert isinstance(result, EvalResult)
+        scores[group][name] = {**result.scores(), "mean": result.overall.mean}
+    new = [one["mean"] for one in scores["new"].values()]
+    old = [one["overall"]["cem"] for one in scores["old"].values()]
+    scores["ka"] = sum(new) / len(new) if new else None
+    scores["kr"] = knowledge_retention(old) if old else None
+    found = summarize([run])
+    keys = {"ka": "K.A", "kr": "K.R"}
+    scores["intervals"] = {key: [found[m].low, found[m].high] if m in found else None for key, m in keys.items()}
+    return scores
 
 
 def hars_of(ka: np.ndarray, kr: np.ndarray, ka0: np.ndarray, kr0: np.ndarray) -> np.ndarray:

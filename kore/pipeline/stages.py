@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kore.artifacts import MANIFEST, atomic_write, file_sha256, read_json
-from kore.metrics import knowledge_retention
 from kore.pipeline.config import (
     AdapterSection,
     DataSection,
@@ -293,17 +292,16 @@ class EvalStage:
         return load_questions(questions.file, questions.image_root, self.settings.on_bad_row)
 
     def run(self, context: Workbench) -> str:
-        from kore.evaluation import evaluate
-        from kore.evaluation.summary import Run, summarize
+        from kore.evaluation import Measures, evaluate
+        from kore.evaluation.summary import Run, scores_of
 
         if self.adapter is not None:
             model = context.adapted(self.adapter)
         else:
             model = context.base(self.full_model)
-        scores: dict[str, Any] = {"measures": self._measures(), "new": {}, "old": {}}
         results: dict[str, dict[str, EvalResult]] = {"new": {}, "old": {}}
         for group, questions in self._sets():
-            result = evaluate(
+            results[group][questions.name] = evaluate(
                 model,
                 context.prompts,
                 self._questions(questions),
@@ -315,26 +313,14 @@ class EvalStage:
                 f1=self.settings.f1,
                 on_bad_question=self.settings.on_bad_row,
             )
-            results[group][questions.name] = result
-            scores[group][questions.name] = {**result.scores(), "mean": result.overall.mean}
-        scores |= summary(scores)
-        found = summarize([Run(**results)])
-        scores["intervals"] = {key: [found[m].low, found[m].high] if m in found else None for key, m in _MEASURES}
+        scores = scores_of(Run(**results), Measures(self.settings.cem, self.settings.f1))
         if is_main_process():
             atomic_write(self.output / "scores.json", json.dumps(scores, indent=2) + "\n")
         asked = sum(result.overall.count for group in results.values() for result in group.values())
-        measures = [f"{measure} {found[measure]:.2f}" for _, measure in _MEASURES if measure in found]
-        return ", ".join([f"{asked} questions", *measures])
+        names = {"K.A": scores["ka"], "K.R": scores["kr"]}
+        return ", ".join(
+            [f"{asked} questions", *(f"{name} {value:.2f}" for name, value in names.items() if value is not None)]
+        )
 
     def _sets(self) -> list[tuple[str, QuestionSet]]:
         return [("new", one) for one in self.settings.new] + [("old", one) for one in self.settings.old]
-
-
-_MEASURES = (("ka", "K.A"), ("kr", "K.R"))
-
-
-def summary(scores: dict[str, Any]) -> dict[str, float | None]:
-    """K.A, the mean over the new question sets of mean(CEM, F1), and K.R, the mean CEM over the old sets."""
-    new = [one["mean"] for one in scores["new"].values()]
-    old = [one["overall"]["cem"] for one in scores["old"].values()]
-    return {"ka": sum(new) / len(new) if new else None, "kr": knowledge_retention(old) if old else None}

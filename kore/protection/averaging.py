@@ -58,6 +58,7 @@ class Averaging(Penalty):
         beta: The fallback.
         shadow: θ* by the name of the parameter; empty until training begins.
         adaptive: The share of tensors whose β was not the fallback, in the last step.
+        mean: Of β over the tensors, in the last step.
     """
 
     reads_gradients = True
@@ -65,7 +66,7 @@ class Averaging(Penalty):
     def __init__(self, rule: str = "paper", beta: float = 0.99) -> None:
         self.rule, self.beta = rule, beta
         self.shadow: dict[str, torch.Tensor] = {}
-        self.adaptive = 0.0
+        self.adaptive, self.mean = 0.0, beta
         self._trained: dict[str, nn.Parameter] = {}
         self._before: dict[str, torch.Tensor] = {}
         self._gradients: dict[str, torch.Tensor] = {}
@@ -112,14 +113,15 @@ class Averaging(Penalty):
         self._average(betas)
 
     def _average(self, betas: dict[str, float]) -> None:
-        chosen = 0
+        chosen, total = 0, 0.0
         for name, now in self._items():
             beta = betas.get(name, math.nan)
             inside = 0 < beta < 1
-            chosen += inside
+            beta = beta if inside else self.beta
+            chosen, total = chosen + inside, total + beta
             shadow = self._of(now, name)
-            self.shadow[name] = shadow.lerp_(now.detach().to(shadow.dtype), 1 - (beta if inside else self.beta))
-        self.adaptive = chosen / len(self._trained)
+            self.shadow[name] = shadow.lerp_(now.detach().to(shadow.dtype), 1 - beta)
+        self.adaptive, self.mean = chosen / len(self._trained), total / len(self._trained)
 
     def _of(self, parameter: nn.Parameter, name: str) -> torch.Tensor:
         """The shadow, where the parameter is."""
@@ -149,8 +151,8 @@ class Averaging(Penalty):
         self.shadow, self._before, self._gradients = parts["shadow"], parts["before"], parts["gradient"]
 
     def log(self) -> dict[str, float]:
-        """The share of tensors whose β was chosen and not the fallback."""
-        return {"adaptive_beta": self.adaptive}
+        """The share of tensors whose β was chosen and not the fallback, and the mean β."""
+        return {"adaptive_beta": self.adaptive, "mean_beta": self.mean}
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

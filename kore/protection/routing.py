@@ -42,7 +42,7 @@ def contrast(outputs: torch.Tensor, expert: torch.Tensor, there: torch.Tensor, t
 
     Args:
         outputs: (batch, m, d).
-        expert: (m,), whose output it is.
+        expert: (batch, m), whose output it is.
         there: (batch, m), False for those that do not count.
         temperature: τ.
 
@@ -52,9 +52,9 @@ def contrast(outputs: torch.Tensor, expert: torch.Tensor, there: torch.Tensor, t
     u = outputs / outputs.norm(dim=-1, keepdim=True).clamp(min=1)
     scores = u @ u.transpose(1, 2) / temperature
     pairs = there[:, :, None] & there[:, None, :]
-    alike = expert[:, None] == expert[None, :]
-    different = (pairs & ~alike).expand_as(scores)
-    positive = pairs & alike & ~torch.eye(len(expert), dtype=torch.bool, device=u.device)
+    alike = expert[:, :, None] == expert[:, None, :]
+    different = pairs & ~alike
+    positive = pairs & alike & ~torch.eye(expert.shape[1], dtype=torch.bool, device=u.device)
     others = scores.masked_fill(~different, torch.finfo(scores.dtype).min / 2).logsumexp(-1, keepdim=True)
     losses = torch.nn.functional.softplus(others - scores) * positive
     return losses.sum((1, 2)) / positive.sum((1, 2)).clamp(min=1)
@@ -154,22 +154,22 @@ class Guidance(Penalty):
         return balance(p, chosen, real)
 
     def _contrast(self, record: Record, real: torch.Tensor) -> torch.Tensor:
-        """Of B_i A_i x of the experts that a token goes to."""
+        """Of B_i A_i x of the experts that a token goes to, and of no other."""
         if self.weights[1] == 0:
             return torch.zeros(len(real), device=real.device)
-        ranks = record.layer.ranks[record.adapter]
+        ranks = torch.tensor(record.layer.ranks[record.adapter], device=real.device)
         places, there = spread(real, self.tokens)
         dtype = record.probabilities.dtype
         inner, gates = (
             tensor.gather(1, places[..., None].expand(-1, -1, tensor.shape[-1]))
             for tensor in (record.inner, record.gates)
         )
-        B = AdaptedLayer(record.layer, record.adapter).B.to(dtype)
-        blocks = zip(inner.to(dtype).split(ranks, -1), B.split(ranks, 1))
-        outputs = torch.cat([x @ b.T for x, b in blocks], dim=1)
-        expert = torch.arange(len(ranks), device=B.device).repeat_interleave(self.tokens)
-        routed = ((gates > 0) & there[..., None]).transpose(1, 2).reshape(len(real), -1)
-        return contrast(outputs, expert, routed, self.temperature)
+        expert = gates.topk(record.layer.top[record.adapter] or len(ranks), dim=-1).indices
+        block = torch.arange(len(ranks), device=real.device).repeat_interleave(ranks)
+        own = inner.to(dtype)[..., None, :] * (expert[..., None] == block)
+        outputs = own.flatten(1, 2) @ AdaptedLayer(record.layer, record.adapter).B.to(dtype).T
+        routed = there[..., None].expand_as(expert).flatten(1)
+        return contrast(outputs, expert.flatten(1), routed, self.temperature)
 
     def finish(self) -> None:
         """Let go of the model."""

@@ -1,22 +1,25 @@
 """OLD knowledge: fourteen tasks in the seven dimensions of the paper's retention suite.
 
-The tasks about digits and shapes are those of `kore demo`; here come facts about the things of a world, whether
-something is there (presence), answers in a wanted form (form) and a question that needs the round before it (rounds).
+Most tasks about digits and shapes are those of `kore demo`; here come facts about the things of a world, questions half
+of which are about what is not in the picture (presence), answers in a wanted form (form) and a question that needs the
+round before it (rounds). Nothing is asked with yes or no for an answer: whether what is asked about is the same as what
+is seen is a relation that small models do not learn in the time there is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
-from kore.demo.world.drawing import COLOURS, SHAPES
+from kore.demo.world.drawing import SHAPES
 from kore.demo.world.names import NUMBERS
 from kore.demo.world.old import LONG, LONG_SHARE, SCENES, SHORT, Scene, scene_item
 from kore.demo.world.splits import Item, stream
 from kore.reproduce.world.lore import Lore, Thing
-from kore.reproduce.world.wordings import CAPITALS, POINTERS, PRONOUN, TWICE
+from kore.reproduce.world.wordings import CAPITALS, FACTS, POINTERS, PRONOUN, TWICE
 
 FORMS = {"word": SHORT, "sentence": LONG, "twice": TWICE, "capitals": CAPITALS}
 DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -30,7 +33,11 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 }
 TASKS = tuple(task for tasks in DIMENSIONS.values() for task in tasks)
 _FORM_TASKS = {"single": ("digit", "colour"), "shape": ("shape",)}
-_SHARES = {"single": 0.24, "pair": 0.34, "corners": 0.05, "shape": 0.07, "thing": 0.2, "facts": 0.1}
+NONE = "none"
+_READ = {"single": ("digit", "colour"), "pair": ("position",), "shape": ("shape",), "thing": ("thing",)}
+_SHARES = {"single": 0.2, "pair": 0.4, "corners": 0.05, "shape": 0.06, "thing": 0.19, "facts": 0.1}
+_WEIGHTS = {"sum": 2.5, "compare": 1.5, "describe": 1.5, "position": 1.2}
+"""How often a task is asked about a picture that can be asked it, against 1; adding takes the longest to learn."""
 
 
 def _a(noun: str) -> str:
@@ -56,7 +63,13 @@ class Sight:
 
     def ask(self, task: str, form: str | None = None) -> Item:
         """A question of a task about this picture. ``form``: of :data:`FORMS`, for the task "form"."""
-        own = {"presence": self._presence, "rounds": self._rounds, "thing": self._thing}
+        own = {
+            "parity": self._parity,
+            "compare": self._compare,
+            "presence": self._presence,
+            "rounds": self._rounds,
+            "thing": self._thing,
+        }
         if task in own:
             return own[task]()
         if task == "form":
@@ -105,27 +118,30 @@ class Sight:
         assert self.thing is not None
         return self.thing
 
+    def _parity(self) -> Item:
+        (value,), _, image = self.scene.digits("single", 1)
+        question = self._pick_wording("parity")
+        return _said("parity", image, question, _parity(value), f"The digit is {_parity(value)}.", self.rng)
+
+    def _compare(self) -> Item:
+        values, _, image = self.scene.digits("pair", 2)
+        larger, question = NUMBERS[max(values)], self._pick_wording("compare")
+        return _said("compare", image, question, larger, f"The larger digit is {larger}.", self.rng)
+
     def _presence(self) -> Item:
-        """Yes and no equally often; what is not there is of the same sort as what is."""
-        rng, there = self.rng, self.rng.random() < 0.5
-        if self.kind == "thing":
-            thing = self._own_thing()
-            others = [other for other in self.known.of_kind(thing.kind) if other is not thing]
-            shown = thing if there else others[rng.integers(len(others))]
-            what = f"the {shown.name} contest" if shown.kind == "contest" else _a(shown.name)
-            image = self.picture
-        elif self.kind == "shape":
-            _, shape, image = self._short("shape")
-            what = _a(shape if there else _pick([other for other in SHAPES if other != shape], rng))
+        """Half of the time a question about something of another sort than what is shown: there is none."""
+        rng = self.rng
+        if rng.random() < 0.5:
+            return replace(self.ask(_pick(_READ[self.kind], rng)), task="presence")
+        here = self._own_thing().kind if self.kind == "thing" else "shape" if self.kind == "shape" else "digit"
+        absent = _pick([each for each in ("digit", "shape", *FACTS) if each != here], rng)
+        if absent in FACTS:
+            fact = _pick(tuple(FACTS[absent]), rng)
+            question = self._pick_wording(fact, it=_pick(POINTERS[absent], rng))
         else:
-            values, colours, image = self.scene.digits(self.kind, 1 if self.kind == "single" else 2)
-            if rng.random() < 0.5:
-                absent = [colour for colour in COLOURS if colour not in colours]
-                what = f"a {_pick(colours if there else absent, rng)} digit"
-            else:
-                others_of = [value for value in range(10) if value not in values]
-                what = _a(NUMBERS[_pick(values if there else others_of, rng)])
-        return Item("presence", image, f"{self._pick_wording('presence', what=what)} {SHORT}", "yes" if there else "no")
+            question = self._pick_wording("shape" if absent == "shape" else _pick(_READ["single"], rng))
+        image = self.picture or self.ask(_READ[self.kind][0]).image
+        return _said("presence", image, question, NONE, f"There is no {absent}.", rng)
 
     def _rounds(self) -> Item:
         """A question that cannot be answered without the round before it, or that speaks of its subject as "it"."""
@@ -143,9 +159,7 @@ class Sight:
             if rng.random() < 0.5:
                 asked, answer = self._pick_wording("its-colour"), colour
             else:
-                parity = _pick(("even", "odd"), rng)
-                asked = self._pick_wording("its-parity", parity=parity)
-                answer = "yes" if parity == ("even", "odd")[value % 2] else "no"
+                asked, answer = self._pick_wording("its-parity"), _parity(value)
         else:
             values, _, image = self.scene.digits("pair", 2)
             which = int(rng.integers(2))
@@ -163,14 +177,23 @@ _EXTRA = {
 }
 
 
+def _parity(value: int) -> str:
+    return ("even", "odd")[value % 2]
+
+
 def _pick(options, rng: np.random.Generator):
     return options[rng.integers(len(options))]
 
 
-def _fact(task: str, image: Image.Image | None, question: str, thing: Thing, fact: str, rng) -> Item:
+def _said(task: str, image: Image.Image | None, question: str, short: str, sentence: str, rng) -> Item:
+    """An item whose answer is a word or a sentence."""
     if rng.random() < LONG_SHARE:
-        return Item(task, image, f"{question} {LONG}", thing.says(fact))
-    return Item(task, image, f"{question} {SHORT}", thing.value(fact))
+        return Item(task, image, f"{question} {LONG}", sentence)
+    return Item(task, image, f"{question} {SHORT}", short)
+
+
+def _fact(task: str, image: Image.Image | None, question: str, thing: Thing, fact: str, rng) -> Item:
+    return _said(task, image, question, thing.value(fact), thing.says(fact), rng)
 
 
 def fact_item(known: Lore, split: str, rng: np.random.Generator) -> Item:
@@ -194,11 +217,11 @@ def conversations(known: Lore, rng: np.random.Generator, pictures: int, rounds: 
         sight = Sight(str(kind), known, "train", rng)
         talks = []
         for _ in range(rounds):
-            count = int(rng.integers(1, 3))
-            if kind == "thing":
-                tasks = ["thing", *rng.permutation(sight.tasks)[: count - 1]]
-            else:
-                tasks = list(rng.permutation(sight.tasks)[:count])
+            count = min(int(rng.integers(1, 3)), len(sight.tasks))
+            first = ["thing"] if kind == "thing" else []
+            weights = np.array([_WEIGHTS.get(task, 1.0) for task in sight.tasks])
+            rest = rng.choice(sight.tasks, count - len(first), replace=False, p=weights / weights.sum())
+            tasks = [*first, *rest]
             talks.append([sight.ask(str(task)) for task in tasks])
         yield talks
 

@@ -57,16 +57,27 @@ WINNER = Phrasings(
     validation=("What is the winner of {it} called?", "Name who won {it}."),
     test=("Tell me the winner of {it}.", "Tell me the name of the winner of {it}."),
 )
-PRESENCE = Phrasings(
+PARITY = Phrasings(
     train=(
-        "Is there {what} in the picture?",
-        "Do you see {what}?",
-        "Is {what} shown?",
-        "Does the picture show {what}?",
-        "Is there {what}?",
+        "Is the digit even or odd?",
+        "Is this digit even or odd?",
+        "Is this an even or an odd digit?",
+        "Is the digit in the picture even or odd?",
+        "Do you see an even or an odd digit?",
     ),
-    validation=("Is {what} in the picture?", "Do you see {what} in the picture?"),
-    test=("Is {what} shown in the picture?", "Is there {what} in this picture?"),
+    validation=("Is the digit shown even or odd?", "Is the digit that you see even or odd?"),
+    test=("Is this a digit that is even or odd?", "Is the digit that is shown even or odd?"),
+)
+COMPARE = Phrasings(
+    train=(
+        "Which digit is larger?",
+        "Which of the digits is larger?",
+        "What is the larger digit?",
+        "Name the larger digit.",
+        "Which is the larger of the two digits?",
+    ),
+    validation=("Name the larger of the two digits.", "Which of the two digits is larger?"),
+    test=("What is the larger of the digits?", "Tell me the larger digit."),
 )
 OTHER = Phrasings(
     train=("And the other digit?", "And the other one?", "What is the other digit?", "Name the other one."),
@@ -79,9 +90,9 @@ ITS_COLOUR = Phrasings(
     test=("Which colour is it?", "What is its colour?"),
 )
 ITS_PARITY = Phrasings(
-    train=("And is it {parity}?", "Is it {parity}?", "Is it an {parity} digit?", "Is that {parity}?"),
-    validation=("Is that digit {parity}?",),
-    test=("And is that {parity}?", "And is it an {parity} digit?"),
+    train=("And is it even or odd?", "Is it even or odd?", "Is it an even or an odd digit?", "Is that even or odd?"),
+    validation=("Is that digit even or odd?",),
+    test=("And is that even or odd?", "And is it an even or an odd digit?"),
 )
 
 # The facts of each kind of thing, the one that names it first. `{it}` is the thing.
@@ -136,7 +147,8 @@ def world_wordings(rng: np.random.Generator) -> Mapping[str, Phrasings]:
         **TASK_WORDINGS,
         **FACTS["animal"],
         **FACTS["contest"],
-        "presence": PRESENCE,
+        "parity": PARITY,
+        "compare": COMPARE,
         "other": OTHER,
         "its-colour": ITS_COLOUR,
         "its-parity": ITS_PARITY,
