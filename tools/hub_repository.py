@@ -50,7 +50,8 @@ def add(wheel: Path, build: Path) -> list[Path]:
     """Unpacks a wheel into each of its variants."""
     made = []
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.startswith(("kore_kernels/", "kore_lmm.libs/"))]
+        ours = [name for name in archive.namelist() if name.startswith(("kore_kernels/", "kore_lmm.libs/"))]
+        names = [name for name in ours if not name.endswith("/")]  # auditwheel names folders too
         for variant, backend in variants(wheel).items():
             folder = build / variant
             identity = f"kore_kernels_{variant}".replace("-", "_")

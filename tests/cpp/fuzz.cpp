@@ -114,7 +114,7 @@ private:
 }  // namespace
 
 int main(int count, char** arguments) {
-    const int calls = count > 1 ? std::atoi(arguments[1]) : 400;
+    const int calls = count > 1 ? std::atoi(arguments[1]) : 1200;
     const unsigned seed = count > 2 ? unsigned(std::atoi(arguments[2])) : 1;
     Fuzz fuzz(seed);
     for (int number = 0; number < calls && !test::failures; ++number) fuzz.call(number);
