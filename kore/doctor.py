@@ -103,7 +103,7 @@ def _kernels() -> list[Check]:
         findings = doctor.examine()
     except Exception as error:
         return [Check("kernels", "missing", f"kore_kernels cannot be used ({type(error).__name__}: {error})")]
-    return [Check(f"kernels: {one.name}", states[one.state], one.detail) for one in findings]
+    return [Check(f"kernels {one.name}", states[one.state], one.detail) for one in findings]
 
 
 def _disk() -> Check:

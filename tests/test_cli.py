@@ -248,6 +248,16 @@ def test_doctor(capsys, monkeypatch):
     assert "too old; pip install 'torch>=99'" in capsys.readouterr().out
 
 
+def test_doctor_names_a_backend_that_is_wrong_here(capsys, monkeypatch):
+    from kore_kernels import selftest
+
+    wrong = selftest.Result("native", "symmetrize", next(iter(selftest.ALLOWED)), 0.5)
+    monkeypatch.setattr(selftest, "run", lambda: [wrong])
+    assert main(["doctor"]) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "symmetrize in float32: error 5.0e-01" in output and "kernels test of native" in output
+
+
 def run_config(work: Path, output: Path) -> Path:
     """A run long enough to be killed in every stage."""
     data = {"files": str(work / "data" / "conversations.json")}
