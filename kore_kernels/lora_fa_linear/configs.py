@@ -33,7 +33,7 @@ DROPPED: dict[int | str, TritonConfig] = {
 # Products of float32 tiles: three TF32 products for one of float32 grade.
 SINGLE: dict[int | str, TritonConfig] = {
     "interpreter": TritonConfig(64, 64, 64, 4, 1),
-    80: TritonConfig(64, 64, 16, 4, 3),
+    80: TritonConfig(64, 64, 16, 8, 3),
     90: TritonConfig(64, 64, 32, 4, 3),
     100: TritonConfig(64, 64, 32, 8, 3),
 }
