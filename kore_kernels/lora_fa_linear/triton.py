@@ -1,8 +1,9 @@
 """lora_fa_linear on NVIDIA GPUs.
 
-*Two-byte layers* are multiplied by cuBLAS, whose loop is far ahead of Triton's (on an H100, 790 TFLOP/s against about
-530), and the low-rank product is added to the result in place: by cuBLAS too if the factors have x's dtype, else, and
-under dropout, by ``_two_products`` without its first product.
+*Two-byte layers* are multiplied by cuBLAS, whose loop is far ahead of Triton's: on an H100 the fused forward pass of
+4096 to 4096 features, 8192 tokens and rank 256, took 0.51 ms where cuBLAS's frozen product takes 0.34. The low-rank
+product is added to the result in place: by cuBLAS too if the factors have x's dtype, else, and under dropout, by
+``_two_products`` without its first product.
 
 *float32 layers* go through ``_two_products``, which computes out = L R + bias + s P Q in one pass over the output: the
 forward product (x Wᵀ + b + s h Bᵀ), the input gradient (g W + s gB A) and, without P and Q, h = x Aᵀ and the merged
