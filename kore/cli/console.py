@@ -64,7 +64,7 @@ def check(name: str, state: str, detail: str) -> None:
     from rich.text import Text
 
     style = {"ok": "green", "note": "yellow", "missing": "bold red"}[state]
-    line = Text.assemble((f"{state:<8}", style), (f"{name:<20}", "bold"), detail)
+    line = Text.assemble((f"{state:<8}", style), (f"{name:<19} ", "bold"), detail)
     _console(sys.stdout).print(line, soft_wrap=True)
 
 
