@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import kore_kernels as kk
-from benchmarks import gpu_covariance, gpu_init, gpu_init_times, gpu_lora, gpu_model, gpu_step
+from benchmarks import gpu_covariance, gpu_init, gpu_init_times, gpu_lora, gpu_model, gpu_sanitizers, gpu_step
 from kore.artifacts import read_json
 from kore.bench.machine import Roofline, describe, resolve_device
 from kore.bench.show import write_json
@@ -120,6 +120,7 @@ SECTIONS = (
     Section("training step", gpu_step.section, 60, needs="lora correctness"),
     Section("init correctness", gpu_init.correctness, 25),
     Section("init", gpu_init_times.section, 120, needs="init correctness"),
+    Section("sanitizers", gpu_sanitizers.section, 60),
 )
 
 

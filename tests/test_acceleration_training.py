@@ -15,6 +15,7 @@ from tests.tiny import save_tiny, tiny_conversations
 from tests.training_worker import prepared
 
 
+@pytest.mark.slow
 def test_a_whole_model_compiles_to_the_same_step():
     """Compiled, the layers of a group run singly; the accelerated model breaks no graph that the plain one keeps."""
     model = kore_model()

@@ -115,6 +115,7 @@ def test_capture_chooses_tokens_and_keeps_to_a_budget(work, tmp_path, capsys):
         assert line in fails(capsys, [*capture, "-o", tmp_path / "wrong", *words])
 
 
+@pytest.mark.slow
 def test_capture_balances_the_groups_of_old_data_and_goes_on_where_it_was_stopped(work, tmp_path, monkeypatch):
     import kore.capture
 

@@ -339,6 +339,7 @@ def test_wrong_words_are_refused(two, capsys, words, expected, monkeypatch):
     assert status == 2 and expected in said
 
 
+@pytest.mark.slow
 def test_other_measures_and_a_stopped_command_ask_nothing_again(tmp_path, capsys, monkeypatch):
     from kore.data import Encoder
     from tests.tiny import save_tiny

@@ -144,6 +144,7 @@ def test_climb_measures_both_neighbours_of_the_best():
     assert sorted(asked) == [-1, 0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_one_cell_through_the_real_path(tmp_path):
     from rich.console import Console
 

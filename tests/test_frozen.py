@@ -238,6 +238,7 @@ DDP = """
 """
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(textwrap.dedent(DDP))

@@ -70,6 +70,7 @@ def test_killed_after_every_input_it_ends_with_the_same_files(work, tmp_path, ca
     assert not (killed / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_another_rank_does_not_go_on_from_what_is_there(work, tmp_path):
     assert main(init(work, tmp_path / "init", "--rank", "4")) == 0
     (tmp_path / "init" / "checkpoint" / "part-00000").mkdir(parents=True)
@@ -90,6 +91,7 @@ def test_a_rank_for_each_layer(work, tmp_path, capsys):
     assert "energy:τ with 0 < τ < 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_with_a_rank_for_each_layer(work, tmp_path):
     data = {"files": str(work / "data" / "conversations.json")}
     config = {

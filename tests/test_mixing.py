@@ -106,6 +106,7 @@ def test_the_adapter_is_that_of_the_mixture_and_says_so(work, tmp_path, words, w
             assert (A @ other @ other.mT - A).norm() > 1e-3 * A.norm()
 
 
+@pytest.mark.slow
 def test_other_groups_and_weights_start_from_nothing_and_the_same_ones_are_skipped(work, tmp_path, capsys):
     def run(*words):
         capsys.readouterr()

@@ -214,6 +214,7 @@ def adapter_gives_the_trained_logits(folder: Path, kind: str) -> bool:
     return bool((stock - whole).abs().max() < 1e-5)
 
 
+@pytest.mark.slow
 def test_a_changed_setting_runs_what_depends_on_it_and_no_more(tmp_path):
     path = write_run(tmp_path, "llama", adapter={"method": "random-a"})
     run_pipeline(load_config(path), Said(), progress=False)

@@ -240,6 +240,7 @@ def test_one_step_adds_its_gradient_however_the_step_is_split(root, tmp_path):
         assert after[label, "loss"] == pytest.approx(after["plain", "loss"] + value.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_strong_penalty_keeps_b_small_and_another_one_is_another_run(root, tmp_path):
     sizes = []
     for strength in (0.0, 1e5):

@@ -297,6 +297,7 @@ def work(tmp_path_factory):
 SETTINGS = {"learning_rate": 1e-2, "batch_size": 2, "max_steps": 2, "save_steps": 1, "report_to": [], "progress": False}
 
 
+@pytest.mark.slow
 def test_training_keeps_the_halves_and_resumes_to_the_same_adapter(work, covariances, tmp_path):
     from kore.training import checkpoints
 

@@ -119,6 +119,7 @@ def test_checkpoint_that_lost_a_byte_does_not_count(root: Path, tmp_path: Path) 
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-10"
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_equal_one_with_the_double_batch(root: Path, tmp_path: Path) -> None:
     """Images and text-only rows in one run, so that a process may hold a batch without any image.
 
