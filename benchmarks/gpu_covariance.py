@@ -73,7 +73,7 @@ def checks(quick: bool) -> list[Check]:
 def correctness(suite: Suite) -> dict[str, Any]:
     """Every check by every backend that can run on the device; what does not fit into the time is wrong too."""
     stored: dict[str, Any] = {}
-    for backend in (suite.backend, "reference"):
+    for backend in (suite.backend, "torch", "reference"):
         rows: list[dict[str, Any]] = []
         stored[backend] = rows
         with settings(suite.device, backend):

@@ -118,7 +118,7 @@ class Operands:
 
 
 def correctness(suite: Suite) -> dict[str, Any]:
-    """Every check by the backend under test: against the reference in float64, and twice the same bits."""
+    """Every check by the backend under test and by PyTorch's products: against float64, and twice the same bits."""
     rows: list[dict[str, Any]] = []
     suite.result["lora correctness"] = {"checks": rows}
     planned = checks(suite.quick)
@@ -138,31 +138,34 @@ def correctness(suite: Suite) -> dict[str, Any]:
 
 
 def _compare(check: Check, suite: Suite) -> dict[str, Any]:
-    """Errors of y, dx and dB; the plain expression in the same dtype is the reference backend's."""
+    """Errors of y, dx and dB by backend; the plain expression in the same dtype is the reference backend's."""
     operands = Operands.random(check, suite.device)
     before = [tensor.clone() for tensor in (operands.x, *operands.weights, *operands.Bs)]
     with settings(suite.device, "reference"):
         exact = operands.call(torch.float64, merged=False)
         plain = operands.call(merged=False)
-    with settings(suite.device, suite.backend):
-        found, again = operands.call(), operands.call()
-    faults, errors = [], {}
     names = [f"y{i}" for i in range(len(operands.gs))] + ["dx"] + [f"dB{i}" for i in range(len(operands.gs))]
-    for name, ours, same, theirs, wanted in zip(names, found, again, plain, exact):
-        if not torch.equal(ours, same):
-            faults.append(f"{name}: the same call gave other bits")
-        if not wanted.numel():
-            continue
-        if not wanted.any():
-            if ours.any():
-                faults.append(f"{name}: not zero")
-            continue
-        errors[name] = difference(ours, wanted)
-        allowed = allowed_error(difference(theirs, wanted), max(check.tokens, check.d_in, check.d_out))
-        if check.kind == "merged" and not name.startswith("dB"):
-            allowed += torch.finfo(check.dtype).eps  # of rounding W + sBA
-        if not errors[name] <= allowed:
-            faults.append(f"{name}: relative error {errors[name]:.2e}, allowed are {allowed:.2e}")
+    faults: list[str] = []
+    errors: dict[str, dict[str, float]] = {}
+    for backend in (suite.backend, "torch"):
+        with settings(suite.device, backend):
+            found, again = operands.call(), operands.call()
+        errors[backend] = {}
+        for name, ours, same, theirs, wanted in zip(names, found, again, plain, exact):
+            if not torch.equal(ours, same):
+                faults.append(f"{backend}, {name}: the same call gave other bits")
+            if not wanted.numel():
+                continue
+            if not wanted.any():
+                if ours.any():
+                    faults.append(f"{backend}, {name}: not zero")
+                continue
+            error = errors[backend][name] = difference(ours, wanted)
+            allowed = allowed_error(difference(theirs, wanted), max(check.tokens, check.d_in, check.d_out))
+            if check.kind == "merged" and not name.startswith("dB"):
+                allowed += torch.finfo(check.dtype).eps  # of rounding W + sBA
+            if not error <= allowed:
+                faults.append(f"{backend}, {name}: relative error {error:.2e}, allowed are {allowed:.2e}")
     if not all(torch.equal(a, b) for a, b in zip(before, (operands.x, *operands.weights, *operands.Bs))):
         faults.append("an argument was changed")
     return {"check": str(check), "errors": errors, "faults": faults}

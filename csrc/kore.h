@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define KORE_ABI_VERSION 2
+#define KORE_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {

@@ -13,9 +13,9 @@ public function        computes                                                 
 ``lora_fa_linear`` has dropout on its second term and a merged mode.
 
 In each folder: ``op.py`` (public function, argument checks, torch.library registration), ``reference.py`` (the
-definition in plain PyTorch), ``native.py`` (CPU), ``cuda.py`` (compiled, NVIDIA GPUs), ``triton.py`` (NVIDIA GPUs) and
-``configs.py`` (its tile sizes).
-``KORE_BACKEND=auto|native|triton|reference`` chooses, at each call; ``dispatch.py`` says how ``auto`` decides.
+definition in plain PyTorch), ``products.py`` (PyTorch's products in place, any device), ``native.py`` (compiled, CPUs),
+``cuda.py`` (compiled, NVIDIA GPUs), ``triton.py`` (NVIDIA GPUs) and ``configs.py`` (its tile sizes).
+``KORE_BACKEND=auto|native|triton|torch|reference`` chooses, at each call; ``dispatch.py`` says how ``auto`` decides.
 ``extension.py`` loads what was compiled from ``csrc/``, ``cuda.py`` calls the part of it that runs on GPUs; without it
 the CPU backends use BLAS and torch.
 

@@ -16,11 +16,11 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("native", "triton", "reference")
+BACKENDS = ("native", "triton", "torch", "reference")
 
 # Compute capabilities on which an operation's kernels passed the GPU suite on real hardware. There `auto` uses them,
-# those of the first backend that can; anywhere else it stays with plain PyTorch, and KORE_BACKEND opts in. The Triton
-# kernels of the LoRA linears passed on (9, 0) in an earlier form.
+# those of the first backend that can; anywhere else PyTorch multiplies, and KORE_BACKEND opts in. The Triton kernels of
+# the LoRA linears passed on (9, 0) in an earlier form.
 PROVEN_ON_GPU: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
     "native": {
         "covariance_update": (),
@@ -35,6 +35,7 @@ PROVEN_ON_GPU: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
     },
 }
 OPERATIONS = tuple(PROVEN_ON_GPU["triton"])
+COMPILED_FOR_CPUS = ("covariance_update", "symmetrize")
 
 log = logging.getLogger("kore_kernels")
 
@@ -53,20 +54,18 @@ class BackendInfo:
         return f"{self.name}: {state}; {self.detail}"
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype, library: bool = False) -> ModuleType:
+def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend module of operation ``op`` (its folder's name) for tensors on ``device`` that compute in ``dtype``.
-
-    ``library`` says that the Triton backend would only call PyTorch's own products here, which need no proof.
 
     Raises RuntimeError when ``KORE_BACKEND`` names a backend that cannot run this call, ValueError when it names none.
     """
-    return _select(os.environ.get("KORE_BACKEND") or "auto", op, device, dtype, library)
+    return _select(os.environ.get("KORE_BACKEND") or "auto", op, device, dtype)
 
 
 @cache
-def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype, library: bool) -> ModuleType:
+def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     if setting == "auto":
-        name, reason = _preference(op, device, dtype, library)
+        name, reason = _preference(op, device, dtype)
         log.info("%s on %s (%s): %s backend, %s", op, device, dtype, name, reason)
     elif setting in BACKENDS:
         name, refusal = setting, _refusal(setting, device, dtype)
@@ -79,16 +78,19 @@ def _select(setting: str, op: str, device: torch.device, dtype: torch.dtype, lib
 
 def next_to_native(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend of calls on a GPU that the compiled kernels are not for: Triton where it can run, else PyTorch."""
-    return _module(op, "reference" if _refusal("triton", device, dtype) else "triton", device)
+    return _module(op, "torch" if _refusal("triton", device, dtype) else "triton", device)
 
 
 def _module(op: str, name: str, device: torch.device) -> ModuleType:
-    """Of the native backend, the file for the CPU or the one for GPUs."""
-    file = "cuda" if name == "native" and device.type != "cpu" else name
+    """``products.py`` is the torch backend, and the native one of CPUs where the operation has no compiled kernel."""
+    if name == "native":
+        file = "cuda" if device.type != "cpu" else "native" if op in COMPILED_FOR_CPUS else "products"
+    else:
+        file = "products" if name == "torch" else name
     return importlib.import_module(f"{__package__}.{op}.{file}")
 
 
-def _preference(op: str, device: torch.device, dtype: torch.dtype, library: bool = False) -> tuple[str, str]:
+def _preference(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if device.type == "cpu":
         return "native", "the CPU path"
     for name, proven in PROVEN_ON_GPU.items():
@@ -96,14 +98,9 @@ def _preference(op: str, device: torch.device, dtype: torch.dtype, library: bool
             return name, "its kernels passed the GPU suite on this architecture"
     refusal = _refusal("triton", device, dtype)
     if refusal:
-        return "reference", f"Triton: {refusal}"
-    if library:
-        return "triton", "which only calls cuBLAS for these operands"
-    return "reference", (
-        "its Triton kernels have not passed the GPU suite on sm_{}{}; KORE_BACKEND=triton opts in".format(
-            *_capability(device)
-        )
-    )
+        return "torch", f"Triton: {refusal}"
+    unproven = "the Triton kernels have not passed the GPU suite on sm_{}{}; KORE_BACKEND=triton opts in"
+    return "torch", unproven.format(*_capability(device))
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -136,14 +133,14 @@ def interpreting() -> bool:
 
 
 def backends() -> dict[str, BackendInfo]:
-    """What can run on this machine, and why not: ``{"native": ..., "triton": ..., "reference": ...}``."""
+    """What can run on this machine, and why not: a row for each of ``BACKENDS``."""
     from kore_kernels import blas, cuda, extension
 
     gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     on_gpu = {op: _preference(op, gpu, torch.float32)[0] for op in OPERATIONS} if gpu else {}
     triton_device = gpu or torch.device("cpu")
     refusal = _refusal("triton", triton_device, torch.float32)
-    unproven = [op for op, name in on_gpu.items() if name == "reference"]
+    unproven = [op for op, name in on_gpu.items() if name == "torch"]
     if refusal:
         triton_detail = refusal
     elif unproven:
@@ -157,6 +154,7 @@ def backends() -> dict[str, BackendInfo]:
     rows = [
         BackendInfo("native", True, (*(f"{op} on cpu" for op in OPERATIONS), *gpu_ops["native"]), native_detail),
         BackendInfo("triton", refusal is None, gpu_ops["triton"], triton_detail),
-        BackendInfo("reference", True, gpu_ops["reference"], "plain PyTorch, any device and dtype"),
+        BackendInfo("torch", True, gpu_ops["torch"], "PyTorch's products, in place; any device and dtype"),
+        BackendInfo("reference", True, gpu_ops["reference"], "the definitions in plain PyTorch; any device and dtype"),
     ]
     return {row.name: row for row in rows}

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

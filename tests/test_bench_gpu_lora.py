@@ -40,16 +40,16 @@ def test_a_wrong_kernel_is_found_and_neither_layers_nor_steps_are_timed(tmp_path
     status, result = run(tmp_path, "lora correctness", "lora", "training step")
     assert status == 1 and "lora" not in result and "training step" not in result
     faults = [line for line in result["wrong"] if "relative error" in line]
-    assert [line.split(": ")[1] for line in faults] == ["y0", "dx", "dB0"]
+    assert [line.split(": ")[1] for line in faults] == ["native, y0", "native, dx", "native, dB0"]
     assert result["wrong"][-1] == "training step: not run, because lora correctness found something wrong"
 
 
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        ("other bits", "y0: the same call gave other bits"),
+        ("other bits", "native, y0: the same call gave other bits"),
         ("writes x", "an argument was changed"),
-        ("dB of nothing", "dB0: not zero"),
+        ("dB of nothing", "torch, dB0: not zero"),
         ("raises", "RuntimeError: no such instruction"),
     ],
 )

@@ -25,7 +25,7 @@ bench = typer.Typer(
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Picture = Annotated[Path | None, typer.Option("--output", "-o", help="Write the picture to this PNG file.")]
 Numbers = Annotated[Path | None, typer.Option("--json", help="Write every number to this JSON file.")]
-Backend = Annotated[str | None, typer.Option(help="auto, native, triton or reference.")]
+Backend = Annotated[str | None, typer.Option(help="auto, native, triton, torch or reference.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="Times each contender runs in a case.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds: a few seconds.")]
@@ -225,9 +225,10 @@ def _measured(
     from tqdm import tqdm
 
     from kore.bench.machine import settings
+    from kore_kernels.dispatch import BACKENDS
 
     if backend is not None:
-        _one_of("--backend", backend, ("auto", "native", "triton", "reference"))
+        _one_of("--backend", backend, ("auto", *BACKENDS))
     for target in targets:
         if target is not None:
             target.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ def covariance_update(
     if C.dtype == torch.float32 and _compiled():
         extension.covariance_update(C, x, mask, weight, float(alpha), triangle, extension.isa())
     else:
-        products.covariance_update(C, x, mask, weight, float(alpha), triangle)
+        products.covariance_update(C, x, mask, weight, alpha, triangle)
 
 
 def _compiled() -> bool:

@@ -1,7 +1,8 @@
-"""covariance_update_ without compiled kernels: syrk on C's own memory, or torch products block by block.
+"""covariance_update_ without kernels of our own: syrk on C's own memory, or torch products block by block.
 
 Rows that need work first (a mask, weights, a dtype other than C's, strides that BLAS cannot read) are gathered, scaled
-and converted in chunks, so the extra memory is one chunk whatever d and N are.
+and converted in chunks, so the extra memory is one chunk whatever d and N are. GPUs multiply in C's dtype too, and the
+host does not wait for them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,34 @@ from kore_kernels import blas
 BLOCK = 256  # edge of the blocks of the triangle
 CHUNK_ELEMENTS = 2**21  # of converted rows ...
 LEAST_ROWS = 512  # ... but enough rows to pay for one pass over C
+GPU_BLOCK = 2048
+GPU_CHUNK_ELEMENTS = 2**24
 
 
 def covariance_update(
+    C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor, triangle: str
+) -> None:
+    if C.is_cpu:
+        _update_on_cpu(C, x, mask, weight, float(alpha), triangle)
+    else:
+        _update_on_gpu(C, x, mask, weight, alpha, triangle)
+
+
+def _update_on_gpu(
+    C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float | Tensor, triangle: str
+) -> None:
+    """Rows that the mask leaves out become zeros: to gather the rest, the host would have to wait for their number."""
+    size = max(LEAST_ROWS, GPU_CHUNK_ELEMENTS // C.shape[0])
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        rows = x[part].to(C.dtype)
+        weighted = alpha * (rows if weight is None else rows * weight[part].to(C.dtype)[:, None])
+        if mask is not None:
+            rows, weighted = (torch.where(mask[part, None], each, 0.0) for each in (rows, weighted))
+        _add_product(C, weighted, rows, 1.0, triangle, GPU_BLOCK)
+
+
+def _update_on_cpu(
     C: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, alpha: float, triangle: str
 ) -> None:
     if mask is not None and bool(mask.all()):
@@ -56,14 +82,19 @@ def _add_gram(C: Tensor, x: Tensor, alpha: float, triangle: str) -> None:
     """One triangle of C += alpha * xᵀx. BLAS skips the product at alpha = 0, and with it a NaN: torch does not."""
     if alpha != 0.0 and blas.can_syrk(C, x):
         blas.syrk(C, x, alpha, triangle)
-        return
+    else:
+        _add_product(C, x, x, alpha, triangle, BLOCK)
+
+
+def _add_product(C: Tensor, left: Tensor, right: Tensor, alpha: float, triangle: str, block: int) -> None:
+    """One triangle of C += alpha * leftᵀ right, a symmetric product."""
     C = C if triangle == "lower" else C.T
     d = C.shape[0]
-    for low in range(0, d, BLOCK):
-        high = min(low + BLOCK, d)
-        panel = x[:, low:high].T
+    for low in range(0, d, block):
+        high = min(low + block, d)
+        panel = left[:, low:high].T
         if low:
-            C[low:high, :low].add_(panel @ x[:, :low], alpha=alpha)
+            C[low:high, :low].add_(panel @ right[:, :low], alpha=alpha)
         diagonal = C[low:high, low:high]
         lower = torch.ones_like(diagonal, dtype=torch.bool).tril()
-        diagonal.copy_(torch.where(lower, diagonal + alpha * (panel @ x[:, low:high]), diagonal))
+        diagonal.copy_(torch.where(lower, diagonal + alpha * (panel @ right[:, low:high]), diagonal))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kore_kernels import autocast, checks, dispatch, gpu
+from kore_kernels import autocast, checks, dispatch
 from kore_kernels.padding import padded
 
 _OP = "lora_fa_linear"
@@ -109,8 +109,7 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, h), h (rows, padded rank); without a seed nothing is dropped."""
-    library = seed is None and gpu.library_multiplies(x, weight, A)
-    backend = dispatch.select("lora_fa_linear", x.device, x.dtype, library)
+    backend = dispatch.select("lora_fa_linear", x.device, x.dtype)
     with autocast.disabled(x.device):
         y, h = backend.forward(_rows(x), weight, bias, A, B, scaling, dropout_p, seed)
     return y.view(*x.shape[:-1], weight.shape[0]), h
@@ -139,8 +138,7 @@ def _backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(dx or empty, dB or empty): dx needs weight and A, dB needs h."""
-    library = seed is None and gpu.library_multiplies(g, B, g if weight is None else weight)
-    backend = dispatch.select("lora_fa_linear", g.device, g.dtype, library)
+    backend = dispatch.select("lora_fa_linear", g.device, g.dtype)
     with autocast.disabled(g.device):
         dx, dB = backend.backward(_rows(g), weight, A, B, h, scaling, dropout_p, seed)
     return _gradients(g, B, dx, dB)
@@ -161,7 +159,7 @@ def _merged_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, want_h: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, h), h (rows, padded rank), or empty unless wanted."""
-    backend = dispatch.select("lora_fa_linear", x.device, x.dtype, gpu.library_multiplies(x, weight, A))
+    backend = dispatch.select("lora_fa_linear", x.device, x.dtype)
     with autocast.disabled(x.device):
         y, h = backend.merged_forward(_rows(x), weight, bias, A, B, scaling, want_h)
     return y.view(*x.shape[:-1], weight.shape[0]), A.new_empty(0) if h is None else h
@@ -182,8 +180,7 @@ def _merged_backward(
     g: Tensor, weight: Tensor | None, A: Tensor | None, B: Tensor, h: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """(dx or empty, dB or empty): dx needs weight and A, dB needs h."""
-    library = gpu.library_multiplies(g, B, g if weight is None else weight)
-    backend = dispatch.select("lora_fa_linear", g.device, g.dtype, library)
+    backend = dispatch.select("lora_fa_linear", g.device, g.dtype)
     with autocast.disabled(g.device):
         dx, dB = backend.merged_backward(_rows(g), weight, A, B, h, scaling)
     return _gradients(g, B, dx, dB)

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kore_kernels import dispatch, gpu
-from kore_kernels.lora_fa_linear import configs, dropout, native
+from kore_kernels.lora_fa_linear import configs, dropout, products
 from kore_kernels.padding import pad_columns, pad_rows, padded
 
 
@@ -85,7 +85,7 @@ def merged_backward(
 def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """W + s B A in W's dtype."""
     if gpu.library_multiplies(weight, A, B):
-        return native.merged(weight, A, B, scaling)
+        return products.merged(weight, A, B, scaling)
     return two_products(pad_columns(B), A, scaling=scaling, add=weight)
 
 
@@ -102,7 +102,7 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor,
 def project(x: Tensor, basis: Tensor, rank: int, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """drop(x) @ basis[:, :rank] in basis's dtype as (N, padded(rank)) whose other columns are zero."""
     if seed is None and gpu.library_multiplies(x, basis):
-        return native.project(x, basis, rank)
+        return products.project(x, basis, rank)
     h = x.new_empty(x.shape[0], padded(rank), dtype=basis.dtype)
     _launch_two_products(configs.DROPPED, h, x, basis[:, :rank], dropout_p=dropout_p, seed=seed)
     return h
@@ -285,7 +285,7 @@ def gradients(
     (m, n), r = g.shape, B.shape[1]
     if gpu.library_multiplies(g, B):
         gB = g @ pad_columns(B) if want_gB else None
-        return gB, None if h is None else native.gradient_of_B(g, h, r, scaling)
+        return gB, None if h is None else products.gradient_of_B(g, h, r, scaling)
     config = gpu.pick(configs.SINGLE, g)
     chunk_rows = configs.INTERPRETER_CHUNK_ROWS if dispatch.interpreting() else configs.CHUNK_ROWS
     chunks = triton.cdiv(m, chunk_rows)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kore_kernels import autocast, checks, dispatch, gpu
+from kore_kernels import autocast, checks, dispatch
 from kore_kernels.padding import padded
 
 _OP = "lora_fa_linears"
@@ -105,8 +105,7 @@ def _forward(
     present = iter(biases)
     every_bias = [next(present) if has else None for has in biased]
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    library = gpu.library_multiplies(x, *weights, U)
-    backend = dispatch.select("lora_fa_linears", x.device, x.dtype, library)
+    backend = dispatch.select("lora_fa_linears", x.device, x.dtype)
     with autocast.disabled(x.device):
         ys, h = backend.forward(rows, weights, every_bias, U, Rs, Bs, scaling)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], h
@@ -136,8 +135,7 @@ def _backward(
     """(dx or empty, every dB_i or none): dx needs weights and U, the dB_i need h."""
     lead = gs[0].shape[:-1]
     rows = [g.reshape(math.prod(lead), g.shape[-1]) for g in gs]
-    library = gpu.library_multiplies(*gs, *weights, *Bs)
-    backend = dispatch.select("lora_fa_linears", gs[0].device, gs[0].dtype, library)
+    backend = dispatch.select("lora_fa_linears", gs[0].device, gs[0].dtype)
     with autocast.disabled(gs[0].device):
         dx, dBs = backend.backward(rows, weights, U, Rs, Bs, h, scaling)
     return gs[0].new_empty(0) if dx is None else dx.view(*lead, dx.shape[1]), dBs

@@ -19,5 +19,6 @@ TRITON: dict[int | str, TritonConfig] = {
     90: TritonConfig(64, 8),
     100: TritonConfig(64, 8),
 }
-# Small enough that torch copies a block without waking its threads, which costs more than the copy.
-NATIVE_BLOCK = 128
+# Of torch's copies: on CPUs so small that none wakes the threads, which costs more; on GPUs, few launches.
+CPU_BLOCK = 128
+GPU_BLOCK = 2048

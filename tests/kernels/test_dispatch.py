@@ -23,10 +23,10 @@ def _fresh(monkeypatch):
 
 def test_setting_is_read_at_each_call(monkeypatch):
     names = []
-    for setting in ("native", "reference", "auto", ""):
+    for setting in ("native", "reference", "torch", "auto", ""):
         monkeypatch.setenv("KORE_BACKEND", setting)
         names.append(dispatch.select("symmetrize", CPU, torch.float32).__name__.rsplit(".", 1)[1])
-    assert names == ["native", "reference", "native", "native"]
+    assert names == ["native", "reference", "products", "native", "native"]
 
 
 def test_unknown_setting(monkeypatch):
@@ -66,7 +66,7 @@ def test_auto_logs_its_choice_once(caplog):
     assert "native backend" in record.message and "CPU" in record.message
 
 
-@pytest.mark.parametrize(("proven", "expected"), [((), "reference"), (((9, 0),), "triton"), (((8, 0),), "reference")])
+@pytest.mark.parametrize(("proven", "expected"), [((), "torch"), (((9, 0),), "triton"), (((8, 0),), "torch")])
 def test_auto_on_a_gpu_uses_triton_only_where_it_is_proven(monkeypatch, proven, expected):
     monkeypatch.setitem(dispatch.PROVEN_ON_GPU["triton"], "symmetrize", proven)
     monkeypatch.setattr(dispatch, "_refusal", lambda *arguments: None)
@@ -76,27 +76,18 @@ def test_auto_on_a_gpu_uses_triton_only_where_it_is_proven(monkeypatch, proven, 
     assert "GPU suite" in reason
 
 
-def test_library_products_need_no_proof(monkeypatch):
-    asked = []
-    monkeypatch.setitem(dispatch.PROVEN_ON_GPU["triton"], "lora_fa_linear", ())
-    monkeypatch.setattr(dispatch, "_refusal", lambda *arguments: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    gpu = ("lora_fa_linear", torch.device("cuda", 0), torch.bfloat16)
-    assert dispatch._preference(*gpu, library=True)[0] == "triton"
-    assert dispatch._preference(*gpu, library=False)[0] == "reference"
-    select = dispatch.select
-    monkeypatch.setattr(dispatch, "select", lambda *words: asked.append(words[3:]) or select(*words))
-    x, weight, A, B = (torch.randn(shape).bfloat16() for shape in ((5, 8), (6, 8), (2, 8), (6, 2)))
-    for factors, options in (((A, B), {}), ((A, B), {"dropout_p": 0.5}), ((A.float(), B.float()), {})):
-        kk.lora_fa_linear(x, weight, None, *factors, **options)
-    kk.lora_fa_linears(x, [weight], [None], A.T.contiguous(), [torch.eye(2).bfloat16()], [B])
-    assert asked == [(True,), (False,), (False,), (True,)]
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps"])
+def test_where_nothing_is_proven_pytorch_multiplies(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    for op in dispatch.OPERATIONS:
+        backend = dispatch.select(op, torch.device(device), torch.bfloat16)
+        assert backend.__name__ == f"kore_kernels.{op}.products"
 
 
 def test_backends_says_what_can_run_and_why_not():
     rows = kk.backends()
-    assert list(rows) == ["native", "triton", "reference"]
-    assert rows["native"].available and rows["reference"].available
+    assert list(rows) == ["native", "triton", "torch", "reference"]
+    assert all(rows[name].available for name in ("native", "torch", "reference"))
     assert "covariance_update on cpu" in rows["native"].default_for
     if not torch.cuda.is_available():
         assert not rows["triton"].available

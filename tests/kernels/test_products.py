@@ -8,8 +8,8 @@ import torch
 import kore_kernels as kk
 from kore_kernels import blas, extension
 from kore_kernels.covariance_update import products
-from kore_kernels.symmetrize import native as symmetrize
-from kore_kernels.symmetrize.configs import NATIVE_BLOCK
+from kore_kernels.symmetrize import products as symmetrize
+from kore_kernels.symmetrize.configs import CPU_BLOCK
 
 from .numbers import LAYOUTS, bits, laid_out
 from .test_covariance_update import check, start
@@ -92,6 +92,44 @@ def test_no_temporary_of_the_size_of_C(request, dtype, scipy):
     assert largest <= max(x.numel(), products.BLOCK * d)
 
 
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("KORE_BACKEND", "torch")
+    monkeypatch.setattr(products, "_update_on_cpu", products._update_on_gpu)
+    monkeypatch.setattr(products, "GPU_BLOCK", 128)
+    monkeypatch.setattr(products, "GPU_CHUNK_ELEMENTS", 1)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("triangle", ["lower", "upper"])
+def test_numbers_as_on_a_gpu(dtype, triangle):
+    x, mask, weight = torch.randn(700, 300).to(dtype), torch.rand(700) > 0.5, torch.randn(700)
+    check(start(300, triangle=triangle), x, triangle=triangle)
+    x[~mask], weight[~mask] = torch.nan, torch.inf
+    for options in ({"mask": mask}, {"mask": mask, "weight": weight, "alpha": torch.tensor(-0.3)}):
+        check(start(300, triangle=triangle), x, triangle=triangle, **options)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("alpha", [1.0, 0.0])
+def test_kept_rows_that_are_not_finite_propagate_as_on_a_gpu(alpha):
+    x, C = torch.randn(40, 35), torch.zeros(35, 35)
+    x[7, 34] = torch.nan
+    kk.covariance_update_(C, x, alpha=alpha)
+    assert not C[34].isfinite().any() and C[:34].isfinite().all()
+
+
+def test_a_gpu_is_not_waited_for():
+    """Nothing asks for a value or for a shape that depends on one, as fake tensors have none."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, C = torch.randn(700, 300).bfloat16(), torch.zeros(300, 300)
+        products._update_on_gpu(C, x, torch.rand(700) > 0.5, torch.randn(700), torch.tensor(0.5), "lower")
+        symmetrize.symmetrize(C, "lower")
+
+
 @pytest.mark.skipif(not blas.available() or blas._openblas() is None, reason="needs SciPy's OpenBLAS")
 def test_blas_runs_with_torchs_threads_and_gets_its_own_back():
     get, _ = blas._openblas()
@@ -104,7 +142,7 @@ def test_blas_runs_with_torchs_threads_and_gets_its_own_back():
 
 @pytest.mark.parametrize("triangle", ["lower", "upper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("d", [1, NATIVE_BLOCK, NATIVE_BLOCK + 1, 3 * NATIVE_BLOCK - 1])
+@pytest.mark.parametrize("d", [1, CPU_BLOCK, CPU_BLOCK + 1, 3 * CPU_BLOCK - 1])
 def test_symmetrize(d, dtype, triangle):
     C = torch.randn(d, d, dtype=dtype)
     expected = C.tril() + C.tril(-1).T if triangle == "lower" else C.triu() + C.triu(1).T

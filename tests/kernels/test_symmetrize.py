@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import kore_kernels as kk
-from kore_kernels.symmetrize.configs import NATIVE_BLOCK
+from kore_kernels.symmetrize.configs import CPU_BLOCK
 
 from .conftest import INTERPRETER
 from .numbers import bits
 
-SIZES = [0, 1, 2, 31, 32, 33, 97, *([] if INTERPRETER else [NATIVE_BLOCK, NATIVE_BLOCK + 1, 3 * NATIVE_BLOCK - 1])]
+SIZES = [0, 1, 2, 31, 32, 33, 97, *([] if INTERPRETER else [CPU_BLOCK, CPU_BLOCK + 1, 3 * CPU_BLOCK - 1])]
 DTYPES = [torch.float32] if INTERPRETER else [torch.float32, torch.float64]
 
 

@@ -1,4 +1,4 @@
-"""lora_fa_linears on the CPU: x U once for the group, and one product with Uᵀ for the group's input gradient."""
+"""lora_fa_linears by PyTorch's products: x U once for the group, and one product with Uᵀ for its input gradient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from kore_kernels.lora_fa_linear.native import add_product_, gradient_of_B, padding_pays, project
+from kore_kernels.lora_fa_linear.products import add_product_, gradient_of_B, padding_pays, project
 from kore_kernels.padding import pad, pad_columns
 
 

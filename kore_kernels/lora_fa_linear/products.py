@@ -1,7 +1,8 @@
-"""lora_fa_linear on the CPU: the same products as the definition, added in place instead of one pass each.
+"""lora_fa_linear by PyTorch's products, on any device: those of the definition, added in place, not one pass each.
 
 A rank such as 235 is padded for the products, which take less time so. Under dropout, and where A and B are wider than
-x, the low-rank products go by blocks of rows: neither a dropped copy of x nor a product of y's size is made whole.
+x, the low-rank products go by blocks of rows: neither a dropped copy of x nor a product of y's size is made whole. The
+native backend on CPUs is this file; compiled code draws the mask there.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ def _parts(tensor: Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def _drop(x: Tensor, p: float, seed: Tensor, first: int, out: Tensor | None = None) -> Tensor:
-    """``dropout.drop`` by the compiled code where it is there; ``out`` is contiguous, and may be x."""
-    if extension.refusal() is not None:
+    """``dropout.drop``, on CPUs by the compiled code if it is there; ``out`` is contiguous, and may be x."""
+    if not x.is_cpu or extension.refusal() is not None:
         return dropout.drop(x, p, seed, first)
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     extension.dropout(x, int(seed), dropout.threshold(p), first, out, extension.isa())
