@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from kore.capture import capture_covariance
+from kore.capture import rows as capture_rows
 from kore.capture.accumulator import Accumulator
-from kore.capture.rows import counted_rows, scale_samples
+from kore.capture.rows import Rows, counted_rows
 from kore.capture.selection import Selection
 from kore.capture.storage import Storage
 from kore.errors import ArtifactError, KoreError
@@ -181,7 +182,7 @@ def test_the_token_buffer_changes_nothing_and_ignores_what_padding_holds(chunk, 
                 accumulator.place()
         for accumulator, rows, keep in zip(pair, x, mask):
             part = keep[start : start + chunk]
-            accumulator.add(rows[start : start + chunk], part, int(part.sum()))
+            accumulator.add(Rows(rows[start : start + chunk], part, int(part.sum())))
     for accumulator, rows, keep in zip(pair, x, mask):
         accumulator.flush()
         kept = rows[keep].double()
@@ -277,17 +278,52 @@ def test_official_scaling_divides_each_sample_by_the_absolute_value_of_its_signe
     x = torch.tensor([[[1.0, -8.0], [2.0, 4.0], [99.0, 99.0]], [[-3.0, -6.0], [-9.0, -12.0], [0.0, 0.0]]])
     mask = torch.tensor([[True, True, False], [True, True, False]])
     index = mask.reshape(-1).nonzero().squeeze(1)
-    scaled, _, count = counted_rows(x, Selection((2, 3), mask, index, 4), "layer", scale=True)
-    torch.testing.assert_close(scaled, torch.cat([x[0, :2] / 4, x[1, :2] / 3]))
-    on_device, keep, _ = counted_rows(x, Selection((2, 3), mask, None, 4), "layer", scale=True)
-    assert count == 4 and torch.equal(on_device[keep], scaled)
-    assert torch.isfinite(scale_samples(torch.zeros(4, 2), None, 2)).all()
+    (scaled,) = counted_rows(x, Selection((2, 3), mask, index, 4), "layer", scale=True)
+    torch.testing.assert_close(scaled.x, torch.cat([x[0, :2] / 4, x[1, :2] / 3]))
+    (on_device,) = counted_rows(x, Selection((2, 3), mask, None, 4), "layer", scale=True)
+    assert scaled.count == 4 and torch.equal(on_device.x[on_device.mask], scaled.x)
+    (zeros,) = counted_rows(torch.zeros(2, 3, 2), Selection((2, 3), mask, index, 4), "layer", scale=True)
+    assert not zeros.x.any()
 
 
-def test_official_capture_equals_a_loop_over_samples():
+@pytest.mark.parametrize("kind", ["all", "index", "mask", "a sample without a row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_long_samples_are_scaled_in_the_sum_not_row_by_row(monkeypatch, kind, dtype):
+    monkeypatch.setattr(capture_rows, "LONG_SAMPLE", 3)
+    x, mask = torch.randn(3, 12, 5).to(dtype), torch.rand(3, 12) > 0.2
+    if kind == "a sample without a row":
+        mask[1] = False
+    index, count = mask.reshape(-1).nonzero().squeeze(1), int(mask.sum())
+    selection = {
+        "all": Selection((3, 12)),
+        "mask": Selection((3, 12), mask, None, mask.sum()),
+    }.get(kind, Selection((3, 12), mask, index, count))
+    x[~mask] = 0.0 if kind == "all" else torch.nan
+    parts = counted_rows(x, selection, "layer", scale=True)
+    (scaled,) = counted_rows(x, selection, "layer", scale=True, by_sample=False)
+    assert len(parts) == 3 and all(part.x.dtype == dtype for part in parts) and scaled.x.dtype == torch.float32
+    assert sum(int(part.count) for part in parts) == int(scaled.count) == (36 if kind == "all" else count)
+    sums = []
+    for given in (parts, [scaled]):
+        accumulator = Accumulator(5, torch.device("cpu"), Storage("packed", torch.float64), buffer_rows=8)
+        for number, rows in enumerate(given):
+            accumulator.add(rows)
+            rows.x.zero_()
+            if number:
+                accumulator.place()
+        accumulator.place()
+        accumulator.flush()
+        sums.append(accumulator.place().full())
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("long", [1, 256])
+@pytest.mark.parametrize("storage", ["packed", "square"])
+def test_official_capture_equals_a_loop_over_samples(monkeypatch, long, storage):
+    monkeypatch.setattr(capture_rows, "LONG_SAMPLE", long)
     model, batch = MODELS["llama"](), make_batch("llama")
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
-    cov = capture_covariance(model, [batch], targets=names, normalize="official", dtype=torch.float64)
+    cov = capture_covariance(model, [batch], targets=names, normalize="official", dtype=torch.float64, storage=storage)
     for name in names:
         inputs = []
         handle = named_linears(model)[name].register_forward_pre_hook(lambda m, args: inputs.append(args[0]))  # noqa: B023

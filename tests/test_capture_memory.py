@@ -13,6 +13,7 @@ import torch
 from kore.capture import MemoryPlan, capture_covariance, plan_capture
 from kore.capture.accumulator import Accumulator
 from kore.capture.plan import PlannedGroup, make_plan
+from kore.capture.rows import Rows
 from kore.capture.storage import Storage
 from kore.errors import KoreError
 from kore.sizes import format_bytes, parse_bytes
@@ -211,11 +212,11 @@ def test_a_matrix_that_visits_the_device_leaves_the_other_of_its_pair_alone():
     sums = [torch.zeros(7, 7, dtype=torch.float64) for _ in pair]
     for accumulator in pair:
         accumulator.place()
-        accumulator._visits = True  # as if the rows were on a GPU
+        accumulator.visits = True  # as if the rows were on a GPU
     for _ in range(5):
         for accumulator, total in zip(pair, sums):
             x = torch.randn(5, 7)
-            accumulator.add(x, None, 5)
+            accumulator.add(Rows(x, None, 5))
             total += x.T.double() @ x.double()
     for accumulator, total in zip(pair, sums):
         accumulator.flush()

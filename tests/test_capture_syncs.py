@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from kore.capture import rows as capture_rows
 from kore.capture.accumulator import Accumulator
 from kore.capture.hooks import HookedModel
 from kore.capture.input_groups import InputGroups
@@ -32,12 +33,13 @@ class Layers(nn.Module):
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("batch_device", ["cpu", "meta"])
-@pytest.mark.parametrize("scale", [False, True])
-def test_hooks_and_token_buffers_run_where_nothing_has_a_value(tokens, batch_device, scale):
+@pytest.mark.parametrize("scale", [None, "rows", "samples"])
+def test_hooks_and_token_buffers_run_where_nothing_has_a_value(tokens, batch_device, scale, monkeypatch):
+    monkeypatch.setattr(capture_rows, "LONG_SAMPLE", 1 if scale == "samples" else 256)
     model = Layers()
     storage = Storage("packed", torch.float32)
     groups = InputGroups(set("abc"), lambda dim, device: Accumulator(dim, device, storage, buffer_rows=16))
-    hooked = HookedModel(model, dict(model.named_children()), set("abc"), Selector(tokens, model), scale)
+    hooked = HookedModel(model, dict(model.named_children()), set("abc"), Selector(tokens, model), scale is not None)
     hooked.targets.pop("embed")
     with hooked.hooked(groups):
         for number in range(4):

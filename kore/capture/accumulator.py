@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from kore.capture.rows import Rows
 from kore.capture.storage import Storage
 from kore.triangle import Triangle
 
 
 class Accumulator:
-    """One triangle of C (d, d) += Σ xᵀx over the kept rows of every ``x`` that :meth:`add` receives.
+    """One triangle of C (d, d) += Σ xᵀx over the kept rows that :meth:`add` receives.
 
     Rows are collected in a buffer and flushed ``buffer_rows`` at a time, whatever the batch size, because a
-    covariance update of few rows is bound by the traffic of C. Full buffers wait until :meth:`place` has made C.
+    covariance update of few rows is bound by the traffic of C. Rows with an alpha of their own are enough for an
+    update of their own. Full buffers, and those, wait until :meth:`place` has made C.
     NaN and inf in a kept row propagate to the diagonal of C, which is therefore the device-side non-finite flag;
     :meth:`is_finite` reads it.
 
@@ -28,8 +30,8 @@ class Accumulator:
         self.triangle: Triangle | None = None
         # On a GPU an update without a mask is the fastest, so rows that do not count are zeros in the buffer.
         self._zeroes = device.type == "cuda"
-        self._visits = False
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.visits = False
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
         self._buffer: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
         self._fill = 0
@@ -39,20 +41,28 @@ class Accumulator:
         """Make C, if that is not done. On another device than the rows, it visits them for each update."""
         if self.triangle is None:
             self.triangle = self.storage.place(self.dim, self.device)
-            self._visits = self.triangle.matrix.device != self.device
+            self.visits = self.triangle.matrix.device != self.device
             waiting, self._waiting = self._waiting, []
-            for x, mask in waiting:
-                self._update(x, mask)
+            for each in waiting:
+                self._update(*each)
         return self.triangle
 
-    def add(self, x: torch.Tensor, mask: torch.Tensor | None, count: int | torch.Tensor) -> None:
-        """Add the rows of ``x`` (n, d) where ``mask`` (n,) bool is True, all when it is None; ``count`` of them."""
-        if x.device != self.device:
-            x, mask = x.to(self.device), None if mask is None else mask.to(self.device)
+    def add(self, rows: Rows) -> None:
+        """Add what these rows give. They may change afterwards."""
+        x = rows.x.to(self.device)
+        mask, alpha = (None if each is None else each.to(self.device) for each in (rows.mask, rows.alpha))
+        self._tokens = self._tokens + rows.count
+        if alpha is None:
+            self._collect(x, mask)
+        elif self.triangle is not None:
+            self._update(x, mask, alpha)
+        else:
+            self._waiting.append((x.clone(), mask, alpha))
+
+    def _collect(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
         if self._buffer is not None and self._buffer.dtype != x.dtype:
             self.flush()
             self._buffer = self._mask = None
-        self._tokens = self._tokens + count
         start = 0
         while start < x.shape[0]:
             stop = min(x.shape[0], start + self.buffer_rows - self._fill)
@@ -91,20 +101,20 @@ class Accumulator:
         if self.triangle is not None:
             self._update(x, mask)
         else:
-            self._waiting.append((x, mask))
+            self._waiting.append((x, mask, None))
             self._buffer = self._mask = None
 
-    def _update(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _update(self, x: torch.Tensor, mask: torch.Tensor | None, alpha: torch.Tensor | None = None) -> None:
         from kore_kernels import covariance_update_
 
         assert self.triangle is not None
-        C, half = self.triangle.matrix, self.triangle.half
-        if not self._visits:
-            covariance_update_(C, x, mask=mask, triangle=half)
+        C, half, factor = self.triangle.matrix, self.triangle.half, 1.0 if alpha is None else alpha
+        if not self.visits:
+            covariance_update_(C, x, mask=mask, alpha=factor, triangle=half)
             return
         ordered = x.device.type == "cuda"  # by the stream
         visiting = torch.empty_like(C, device=x.device).copy_(C, non_blocking=ordered)
-        covariance_update_(visiting, x, mask=mask, triangle=half)
+        covariance_update_(visiting, x, mask=mask, alpha=factor, triangle=half)
         C.copy_(visiting, non_blocking=ordered)
 
     def tokens(self) -> int:
@@ -113,7 +123,7 @@ class Accumulator:
 
     def is_finite(self) -> bool:
         """Whether no NaN or inf has been flushed into C. Waits for the device, whereupon the host may read C."""
-        if self._visits and self.device.type == "cuda":
+        if self.visits and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.triangle is None or bool(torch.isfinite(self.triangle.matrix.diagonal()).all())
 

@@ -105,7 +105,8 @@ class GradientModel(HookedModel):
         def observe(g: torch.Tensor) -> None:
             accumulator = groups.observe(name, g)
             if accumulator is not None and accumulate:
-                accumulator.add(*counted_rows(g.detach(), self._selection if text else _EVERY_ROW, name))
+                (rows,) = counted_rows(g.detach(), self._selection if text else _EVERY_ROW, name)
+                accumulator.add(rows)
 
         def hook(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> None:
             if torch.is_grad_enabled():

@@ -84,7 +84,8 @@ class HookedModel:
             accumulator = groups.observe(name, x)
             if accumulator is not None:
                 selection = self._selection if text else _EVERY_ROW
-                accumulator.add(*counted_rows(x, selection, name, self.scale))
+                for rows in counted_rows(x, selection, name, self.scale, by_sample=not accumulator.visits):
+                    accumulator.add(rows)
 
         return pre_hook
 

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from kore.capture.selection import Selection
 from kore.errors import KoreError
 
-Counted = tuple[torch.Tensor, "torch.Tensor | None", "int | torch.Tensor"]
+# Rows of a sample from which an update of its own, in the dtype that they have, is cheaper than scaling them.
+LONG_SAMPLE = 256
 
 
-def counted_rows(x: torch.Tensor, selection: Selection, module: str, scale: bool = False) -> Counted:
-    """Rows (n, d) of a layer's input x (..., d), a mask (n,) of those that count or None for all, and their number.
+@dataclass(frozen=True)
+class Rows:
+    """Rows x (n, d), of which those count where mask (n,) is True, all if it is None; ``count`` of them.
+
+    What they add to C is alpha · Σ xᵀx, with a 0-d alpha on the rows' device, or None for 1.
+    """
+
+    x: torch.Tensor
+    mask: torch.Tensor | None
+    count: int | torch.Tensor
+    alpha: torch.Tensor | None = None
+
+
+def counted_rows(
+    x: torch.Tensor, selection: Selection, module: str, scale: bool = False, by_sample: bool = True
+) -> list[Rows]:
+    """What a layer's input x (..., d) adds to its covariance.
 
     Args:
         x: The input.
         selection: Which of its rows count, of the (batch, tokens) that they are.
         module: For messages.
-        scale: Divide each sample by the absolute value of its maximum, see :func:`scale_samples`.
+        scale: Divide each sample by the absolute value of its maximum: the scaling of the official KORE code. The
+            maximum is the signed one over the counted rows and all channels of a sample.
+        by_sample: Give long samples unscaled, each with its alpha; else all rows are scaled, in float32.
 
     Raises:
         KoreError: Some rows do not count, but the rows of ``x`` are not the batch's (batch, tokens).
@@ -34,26 +54,32 @@ def counted_rows(x: torch.Tensor, selection: Selection, module: str, scale: bool
             )
         count = selection.count
         keep, index = selection.on(x.device)
-    if scale:
-        rows = scale_samples(rows, keep, _samples(x, selection.shape))
+    if not scale or not rows.numel():
+        return [Rows(rows, keep, count) if index is None else Rows(rows.index_select(0, index), None, count)]
+    samples = _samples(x, selection.shape)
+    tokens = rows.shape[0] // samples
+    peaks, lengths = _peaks(rows, keep, samples), [tokens] * samples
     if index is not None:
-        return rows.index_select(0, index), None, count
-    return rows, keep, count
+        rows, keep, lengths = rows.index_select(0, index), None, selection.lengths()
+    if not by_sample or rows.shape[0] < samples * LONG_SAMPLE:
+        each = peaks.repeat_interleave(tokens)
+        each = each if index is None else each.index_select(0, index)
+        return [Rows(rows / each[:, None], keep, count)]
+    masks = [None] * samples if keep is None else keep.split(lengths)
+    alphas = peaks.square().reciprocal()
+    return [
+        Rows(part, mask, part.shape[0] if mask is None else mask.sum(), alpha)
+        for part, mask, alpha in zip(rows.split(lengths), masks, alphas)
+    ]
 
 
-def scale_samples(x: torch.Tensor, keep: torch.Tensor | None, samples: int) -> torch.Tensor:
-    """x / |max(x)| for each sample, in float32: the scaling of the official KORE code.
-
-    ``x`` (n, d) holds the rows of ``samples`` equally long samples. max is the signed maximum over the kept rows
-    and all channels of a sample. The official code takes one sample at a time, without padding.
-    """
-    x = x.float()
-    if x.numel() == 0:
-        return x
-    kept = x if keep is None else x.masked_fill(~keep[:, None], -torch.inf)
-    peak = kept.reshape(samples, -1).amax(dim=1).abs()
-    scale = torch.where(peak == 0, 1.0, peak).repeat_interleave(x.shape[0] // samples)
-    return x / scale[:, None]
+def _peaks(rows: torch.Tensor, keep: torch.Tensor | None, samples: int) -> torch.Tensor:
+    """|max| of each sample over its kept rows (n, d), in float32; 1 where that is 0. The samples are equally long."""
+    largest = rows.amax(dim=1).float()
+    if keep is not None:
+        largest = largest.masked_fill(~keep, -torch.inf)
+    peaks = largest.reshape(samples, -1).amax(dim=1).abs()
+    return torch.where(peaks == 0, 1.0, peaks)
 
 
 def _samples(x: torch.Tensor, shape: tuple[int, int] | None) -> int:

@@ -34,6 +34,11 @@ class Selection:
     count: int | torch.Tensor = 0
     _moved: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
 
+    def lengths(self) -> list[int]:
+        """Counted rows of each sample, where ``index`` is known."""
+        assert self.keep is not None and self.index is not None
+        return self.keep.sum(dim=1).tolist()
+
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``keep`` and ``index``, flat, on a device; moved once per batch and device."""
         moved = self._moved.get(device)
