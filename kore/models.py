@@ -71,6 +71,18 @@ def load_model(
     return model.eval()
 
 
+def load_image_processor(path: str | os.PathLike[str], pillow: bool = False, **kwargs: Any) -> Any:
+    """A checkpoint's image processor; the one that works with Pillow if asked, and where torchvision is missing."""
+    import transformers
+    from packaging.version import Version
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # some versions hide it elsewhere
+    from transformers.utils import is_torchvision_available
+
+    if pillow or not is_torchvision_available():
+        kwargs |= {"backend": "pil"} if Version(transformers.__version__) >= Version("5") else {"use_fast": False}
+    return AutoImageProcessor.from_pretrained(path, **kwargs)
+
+
 def base_model(model: Any) -> Any:
     """The Hugging Face model inside DistributedDataParallel and PEFT wrappers (adapter layers stay in place)."""
     from peft import PeftModel

@@ -744,14 +744,14 @@ class TestClip:
 
     def test_similarities_are_cosines_of_the_model(self, model, pictures, cache):
         import torch
-        from transformers import AutoImageProcessor, CLIPModel
+        from transformers import CLIPModel
 
         from kore.augmentation.images import ClipSimilarity
-        from kore.augmentation.images.similarity import _pil_backend
+        from kore.models import load_image_processor
 
         clip = ClipSimilarity(str(model), "cpu", cache)
         values = clip.similarities(pictures[0], pictures)
-        processor = AutoImageProcessor.from_pretrained(model, **_pil_backend())
+        processor = load_image_processor(model, pillow=True)
         pixels = processor([Image.open(path).convert("RGB") for path in pictures], return_tensors="pt")["pixel_values"]
         plain = CLIPModel.from_pretrained(model)
         with torch.inference_mode():

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, LlavaProcessor
+from transformers import LlavaProcessor
 from transformers.utils import is_torchvision_available
 
 from kore.data import Conversation, Encoder, Message, Question, prompt_batches
 from kore.errors import DataError, ModelError
-from kore.models import load_model
+from kore.models import load_image_processor, load_model
 from tests.tiny import save_tiny, tiny_tokenizer
 
 KINDS = ("llava", "qwen_vl", "llama")
@@ -133,7 +133,7 @@ def test_equal_to_the_real_qwen_processor(models: dict, images: tuple) -> None:
 
     encoder = Encoder.from_pretrained(models["qwen_vl"])
     processor = Qwen2_5_VLProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(models["qwen_vl"]),
+        image_processor=load_image_processor(models["qwen_vl"]),
         tokenizer=tiny_tokenizer("qwen_vl"),
         video_processor=Qwen2VLVideoProcessor(),
         chat_template=encoder.chat_template,

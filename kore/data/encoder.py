@@ -15,6 +15,7 @@ from kore.data.tokens import IGNORE, Tokens, expand, tokenize, truncate
 from kore.data.types import Conversation
 from kore.data.vision import vision_for
 from kore.errors import DataError, ModelError
+from kore.models import load_image_processor
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ class Encoder:
             tokenizer = transformers.AutoTokenizer.from_pretrained(text, **kwargs)
             image_processor = None
             if getattr(config, "vision_config", None) is not None:
-                image_processor = transformers.AutoImageProcessor.from_pretrained(text, **_pil_backend(), **kwargs)
+                image_processor = load_image_processor(text, **kwargs)
             template = _processor_template(text, kwargs) if image_processor is not None else None
         except Exception as error:
             if isinstance(error, ModelError):
@@ -236,17 +237,6 @@ def _takes_token_types(config: Any) -> bool:
     except KeyError:
         return False
     return "mm_token_type_ids" in inspect.signature(model_class.forward).parameters
-
-
-def _pil_backend() -> dict[str, Any]:
-    """The argument that asks for image processors which need no torchvision, where it is missing."""
-    import transformers
-    from packaging.version import Version
-    from transformers.utils import is_torchvision_available
-
-    if is_torchvision_available():
-        return {}
-    return {"backend": "pil"} if Version(transformers.__version__) >= Version("5") else {"use_fast": False}
 
 
 def _processor_template(path: str, kwargs: dict[str, Any]) -> str | None:

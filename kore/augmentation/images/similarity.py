@@ -12,20 +12,13 @@ from kore.artifacts import file_sha256
 from kore.augmentation.cache import Cache
 from kore.errors import ModelError
 from kore.fetch import open_image
+from kore.models import load_image_processor
 
 if TYPE_CHECKING:
     import numpy
     import torch
 
 _REMEMBERED = 4096
-
-
-def _pil_backend() -> dict[str, Any]:
-    """The argument that asks for an image processor on Pillow, the same with and without torchvision."""
-    import transformers
-    from packaging.version import Version
-
-    return {"backend": "pil"} if Version(transformers.__version__) >= Version("5") else {"use_fast": False}
 
 
 def _first_line(error: Exception) -> str:
@@ -143,7 +136,7 @@ class Clip:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self._device == "auto" else self._device
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._path)
-            self._processor = transformers.AutoImageProcessor.from_pretrained(self._path, **_pil_backend())
+            self._processor = load_image_processor(self._path, pillow=True)
             loaded: Any = transformers.CLIPModel.from_pretrained(self._path, output_loading_info=True)
             model, loading = loaded
             missing = [name for name in loading["missing_keys"] if not name.endswith("position_ids")]
