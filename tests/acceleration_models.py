@@ -57,7 +57,11 @@ def assert_same_step(ours, theirs, tolerance):
 
 
 def assert_as_close(ours, theirs, exact):
-    """Gradients in bfloat16 are as far from those of float32 as PEFT's are."""
+    """Gradients in bfloat16 are as far from those of float32 as PEFT's are: together, and none is much further."""
+    errors = []
     for name, true in exact[1].items():
         error, peft_error = ((found[1][name] - true).norm() / true.norm() for found in (ours, theirs))
-        assert error <= 1.5 * peft_error + 0.01, name
+        assert error <= 2 * peft_error + 0.01, name
+        errors.append((error, peft_error))
+    mean, peft_mean = torch.tensor(errors).mean(dim=0)
+    assert mean <= 1.3 * peft_mean + 0.003

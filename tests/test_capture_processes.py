@@ -94,7 +94,7 @@ def test_killed_processes_continue_from_their_own_checkpoints(results):
     two = pair(results, "continued")
     assert two.groups == one.groups
     for name in one.modules:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=2e-6 * float(one[name].diagonal().max()))
     with pytest.raises(KoreError, match="another processes"):
         folder = results / "checkpoint" / "process-00000"
         capture_covariance(MODELS["llava"](), make_batches("llava", 6), checkpoint=folder, checkpoint_every=1)

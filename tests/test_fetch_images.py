@@ -71,7 +71,7 @@ def test_a_bomb_is_refused_by_its_header():
 def test_upright_and_without_metadata():
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a secret"
-    exif.get_ifd(0x8825).update({1: "N", 2: (51.0, 30.0, 0.0)})
+    exif[0x8825] = {1: "N", 2: (51.0, 30.0, 0.0)}
     data = picture("JPEG", exif=exif, comment=b"a secret")
     with Image.open(io.BytesIO(data)) as image:
         assert image.getexif().get_ifd(0x8825)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 
 import numpy as np
@@ -9,6 +10,11 @@ import pytest
 from scipy import stats
 
 from kore import statistics as st
+
+
+def seeded(number):
+    """SciPy 1.15 renamed the argument."""
+    return {"rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state": number}
 
 
 def samples(seed: int, *shape: int) -> np.ndarray:
@@ -67,7 +73,7 @@ def test_blocks_do_not_change_the_kind_of_draw(monkeypatch):
 def test_bootstrap_intervals_agree_with_scipy(method):
     x = samples(3, 60) ** 4
     found = st.bootstrap_interval(x, method=method, resamples=40_000)
-    expected = stats.bootstrap((x,), np.mean, n_resamples=20_000, method=method, rng=1).confidence_interval
+    expected = stats.bootstrap((x,), np.mean, n_resamples=20_000, method=method, **seeded(1)).confidence_interval
     width = expected.high - expected.low
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.03 * width)
     plain = st.bootstrap_interval(x, resamples=40_000)
@@ -83,7 +89,7 @@ def test_bca_of_a_ratio_agrees_with_scipy():
         paired=True,
         vectorized=True,
         n_resamples=20_000,
-        rng=1,
+        **seeded(1),
     ).confidence_interval
     width = expected.high - expected.low
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.04 * width)
@@ -158,7 +164,11 @@ def test_the_sign_test_counts_all_patterns_of_few_and_draws_of_many():
     assert st.sign_flip_p([0.0, 0.0]) == 1.0
     many = np.random.default_rng(0).normal(0.15, 1, 200)
     expected = stats.permutation_test(
-        (many, np.zeros(200)), lambda a, b, axis: (a - b).mean(axis), permutation_type="samples", vectorized=True, rng=0
+        (many, np.zeros(200)),
+        lambda a, b, axis: (a - b).mean(axis),
+        permutation_type="samples",
+        vectorized=True,
+        **seeded(0),
     ).pvalue
     assert st.sign_flip_p(many, resamples=20_000) == pytest.approx(expected, abs=0.01)
     assert st.sign_flip_p(np.ones(40), resamples=999) == pytest.approx(1 / 1000)
