@@ -1,4 +1,4 @@
-"""The CUDA kernels beside cuBLAS: interleaved, the L2 cache flushed, medians."""
+"""The CUDA kernels beside cuBLAS: interleaved, caches cold, medians."""
 
 from __future__ import annotations
 
@@ -9,49 +9,35 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.native.library import Native
+from kore.bench.timing import Clock, in_turn, synchronize
 
 ROUNDS = 11
 
 
-class Timer:
-    """Medians of interleaved runs in milliseconds, the L2 cache flushed before each."""
-
-    def __init__(self):
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def __call__(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-        for name in list(calls):
-            try:
-                for _ in range(2):
-                    calls[name]()
-                torch.cuda.synchronize()
-            except RuntimeError as error:
-                print(f"FAIL {name}: {str(error)[:200]}", flush=True)
-                del calls[name]
-        times: dict[str, list] = {name: [] for name in calls}
-        for _ in range(ROUNDS):
-            for name, call in calls.items():
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.flush.zero_()
-                begin.record()
-                call()
-                end.record()
-                times[name].append((begin, end))
-        torch.cuda.synchronize()
-        return {name: statistics.median(b.elapsed_time(e) for b, e in pairs) for name, pairs in times.items()}
+def medians(clock: Clock, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds of every call that works; what fails is said."""
+    for name in list(calls):
+        try:
+            calls[name]()
+            synchronize(clock.device)
+        except RuntimeError as error:
+            print(f"FAIL {name}: {str(error)[:200]}", flush=True)
+            del calls[name]
+    return {name: statistics.median(ms) for name, ms in in_turn(calls, clock.milliseconds, ROUNDS).items()}
 
 
-def time_covariance(timer: Timer, release: Native, registers: Native, d: int, n: int) -> None:
+def time_covariance(clock: Clock, release: Native, registers: Native, d: int, n: int) -> None:
     x = torch.randn(n, d, device="cuda").bfloat16()
     C = torch.zeros(d, d, device="cuda")
     out = torch.empty(d, d, device="cuda", dtype=torch.bfloat16)
-    times = timer(
+    times = medians(
+        clock,
         {
             "kore": lambda: release.covariance(C, x),
             "kore upper": lambda: release.covariance(C, x, upper=True),
             "kore, added from registers": lambda: registers.covariance(C, x),
             "mm": lambda: torch.mm(x.T, x, out=out),
-        }
+        },
     )
     flops = d * (d + 1) * n
     bound = max(flops / 790e12, 4 * d * d / 3.35e12) * 1e3
@@ -60,7 +46,7 @@ def time_covariance(timer: Timer, release: Native, registers: Native, d: int, n:
     print(f"d={d} n={n}: {', '.join(shown)}; bound {bound:.4f} = {bound / best:.0%} of kore", flush=True)
 
 
-def time_products(timer: Timer, native: Native, d_in: int, d_out: int, r: int, m: int = 8192) -> None:
+def time_products(clock: Clock, native: Native, d_in: int, d_out: int, r: int, m: int = 8192) -> None:
     def new(rows, columns):
         return torch.randn(rows, columns, device="cuda").bfloat16()
 
@@ -82,7 +68,7 @@ def time_products(timer: Timer, native: Native, d_in: int, d_out: int, r: int, m
         "cuBLAS gB": lambda: torch.mm(g, B, out=gB),
         "cuBLAS dB": lambda: torch.mm(g.T, h, out=dB),
     }
-    t = timer(calls)
+    t = medians(clock, calls)
     big, low = 2 * m * d_in * d_out, 2 * m * r
     flops = {
         "y": big + low * d_out, "dx": big + low * d_in, "h": low * d_in, "gB": low * d_out, "dB": low * d_out,
@@ -106,13 +92,14 @@ def time_products(timer: Timer, native: Native, d_in: int, d_out: int, r: int, m
 
 def times() -> None:
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    timer, release, registers = Timer(), Native("release"), Native("registers")
+    clock = Clock(torch.device("cuda", torch.cuda.current_device()))
+    release, registers = Native("release"), Native("registers")
     calls = [
-        (time_products, (timer, release, d_in, d_out, r))
+        (time_products, (clock, release, d_in, d_out, r))
         for d_in, d_out in ((4096, 4096), (4096, 11008), (11008, 4096))
         for r in (256, 240)
     ]
-    calls += [(time_covariance, (timer, release, registers, d, n)) for d in (4096, 11008) for n in (600, 2048, 8192)]
+    calls += [(time_covariance, (clock, release, registers, d, n)) for d in (4096, 11008) for n in (600, 2048, 8192)]
     print("ms (TFLOP/s); a covariance has d(d+1)N flops, cuBLAS's mm does twice that", flush=True)
     for function, arguments in calls:
         try:
